@@ -1,0 +1,33 @@
+"""sdkit: finds, proves and fixes the cause of black Stable Diffusion images.
+
+Names are resolved when first used, so that `import sdkit` costs nothing.
+"""
+
+import importlib
+
+__version__ = "0.1.0"
+
+EXPORTS = {
+    "load_pipeline": "sdkit.loading",
+    "LoadReport": "sdkit.load_report",
+    "generate": "sdkit.generation",
+    "RunRecord": "sdkit.record",
+    "guard": "sdkit.guarding",
+    "check_finite": "sdkit.validation",
+    "check_image": "sdkit.validation",
+    "check_image_file": "sdkit.validation",
+    "validate_image_array": "sdkit.validation",
+    "ValidationError": "sdkit.validation",
+    "describe_environment": "sdkit.device",
+}
+__all__ = [*EXPORTS, "__version__"]
+
+
+def __getattr__(name: str):
+    if name not in EXPORTS:
+        raise AttributeError(f"module 'sdkit' has no attribute {name!r}")
+    return getattr(importlib.import_module(EXPORTS[name]), name)
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)
