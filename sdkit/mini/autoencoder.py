@@ -1,0 +1,83 @@
+"""Trains the bundled model's AutoencoderKL on renders of every background, white included."""
+
+# B batch, C channels, H W pixels, h w latent
+
+from pathlib import Path
+
+import numpy as np
+import torch
+from diffusers import AutoencoderKL
+from tqdm.auto import tqdm
+
+from sdkit.mini.recipe import Recipe, make_vae
+from sdkit.mini.training import train
+
+KL_WEIGHT = (
+    2e-4  # on the mean over latent values: keeps them near unit scale, costs no visible detail
+)
+
+
+def train_vae(
+    recipe: Recipe, images: np.ndarray, *, folder: Path, device: torch.device
+) -> AutoencoderKL:
+    """Trains the autoencoder, or continues.
+
+    Args:
+        recipe: Steps, batch size, rate.
+        images: (N, H, W, 3) uint8.
+        folder: For state and log.
+        device: Where to train.
+
+    Returns:
+        The model with averaged weights, its `scaling_factor` set to one over the latents' std.
+    """
+    torch.manual_seed(recipe.seed)
+    vae = make_vae().to(device)
+
+    def measure_loss(generator):
+        index = torch.randint(len(images), (recipe.vae_batch_size,), generator=generator)
+        pixels = to_pixels(images[np.sort(index.numpy())]).to(device)  # B 3 H W
+        posterior = vae.encode(pixels).latent_dist
+        noise = torch.randn(posterior.mean.shape, generator=generator).to(device)
+        decoded = vae.decode(posterior.mean + posterior.std * noise).sample.float()
+        kl = 0.5 * (posterior.mean**2 + posterior.var - 1 - posterior.logvar).float().mean()
+        return reconstruction_loss(decoded, pixels) + KL_WEIGHT * kl
+
+    train(
+        {"vae": vae},
+        measure_loss,
+        steps=recipe.vae_steps,
+        learning_rate=recipe.vae_learning_rate,
+        ema_decay=recipe.ema_decay,
+        seed=recipe.seed,
+        device=device,
+        folder=folder,
+        name="vae",
+    )
+    return vae.eval()
+
+
+def reconstruction_loss(decoded: torch.Tensor, pixels: torch.Tensor) -> torch.Tensor:
+    """L1 and L2 on the pixels and L1 on their differences, so that edges stay sharp."""
+    error = decoded - pixels
+    edges = error.diff(dim=2).abs().mean() + error.diff(dim=3).abs().mean()
+    return error.abs().mean() + 2 * error.square().mean() + 0.5 * edges
+
+
+def to_pixels(images: np.ndarray) -> torch.Tensor:
+    """(B, H, W, 3) uint8 to (B, 3, H, W) float32 in [-1, 1]."""
+    return torch.from_numpy(images).permute(0, 3, 1, 2).float() / 127.5 - 1
+
+
+@torch.no_grad()
+def encode_images(
+    vae: AutoencoderKL, images: np.ndarray, *, device: torch.device
+) -> dict[str, torch.Tensor]:
+    """Posterior mean and std of every image, (N, 4, h, w) float32 each, unscaled."""
+    means, stds = [], []
+    for start in tqdm(range(0, len(images), 32), desc="latents", mininterval=5):
+        with torch.autocast(device.type, torch.bfloat16):
+            posterior = vae.encode(to_pixels(images[start : start + 32]).to(device)).latent_dist
+        means.append(posterior.mean.float().cpu())
+        stds.append(posterior.std.float().cpu())
+    return {"mean": torch.cat(means), "std": torch.cat(stds)}
