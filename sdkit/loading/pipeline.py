@@ -1,0 +1,213 @@
+"""Loads a pipeline, checks what was got against what was asked, and says what it did and why."""
+
+import time
+import warnings
+
+import diffusers
+import torch
+from diffusers import DiffusionPipeline
+
+from sdkit.device import (
+    GIB,
+    choose_device,
+    describe_environment,
+    find_device_problem,
+    measure_available_gib,
+)
+from sdkit.loading.border_casts import install_border_casts
+from sdkit.loading.checkpoint import count_weights, find_checkpoint
+from sdkit.loading.dtype_policy import (
+    PrecisionWarning,
+    assign_dtypes,
+    check_dtype,
+    choose_dtypes,
+    dtype_name,
+    find_cautions,
+)
+from sdkit.loading.load_warnings import collect_warnings, refuse_invented_weights
+from sdkit.loading.report import LoadReport
+from sdkit.loading.weights import check_components, check_weights, count_weight_bytes
+from sdkit.validation import ValidationError
+
+__all__ = ["LoadReport", "PrecisionWarning", "load_pipeline"]
+
+ATTENTIONS = ("sdpa", "diffusers-sliced")
+# diffusers renamed the argument in 0.40 and has warned of the old name since.
+DTYPE_ARGUMENT = (
+    "dtype"
+    if tuple(int(part) for part in diffusers.__version__.split(".")[:2]) >= (0, 40)
+    else "torch_dtype"
+)
+
+
+def load_pipeline(
+    model="mini",
+    *,
+    backend="auto",
+    dtype="auto",
+    attention="sdpa",
+    variant=None,
+    config=None,
+    local_files_only=False,
+    progress=True,
+):
+    """Loads a diffusers pipeline onto a device that works, in dtypes that are known to be right.
+
+    Only safetensors are read. Every weight is checked afterwards: its dtype, its device, finite.
+    Nothing is sliced unless it is asked for, and `device_map` is never used: on MPS it corrupted
+    weights (diffusers#13227).
+
+    Args:
+        model: "mini" (the bundled one), a folder, a .safetensors file, or a Hub id.
+        backend: "auto", "mps", "cuda" or "cpu"; see `choose_device`.
+        dtype: "auto" (see `choose_dtypes`), "float32", "float16", "bfloat16", a torch.dtype, or a
+            dict of these by component, such as {"unet": "float16", "vae": "float32"}: then casts
+            are installed at the borders, where stock pipelines crash.
+        attention: "sdpa", or "diffusers-sliced" for diffusers' attention slicing.
+        variant: Such as "fp16", for `*.fp16.safetensors` files.
+        config: For a single file: a pipeline folder of the same architecture; see
+            `find_config_folder`.
+        local_files_only: Do not ask the Hub.
+        progress: Show the progress bars of diffusers and transformers.
+
+    Returns:
+        The pipeline, and a LoadReport.
+
+    Raises:
+        ValidationError: What was asked for cannot be had; the message says why and what can.
+    """
+    started = time.perf_counter()
+    _check_attention(attention)
+    check_dtype(dtype)
+    device, device_reason = choose_device(backend)
+    with collect_warnings(progress) as collected:
+        checkpoint = find_checkpoint(
+            model, variant=variant, config=config, local_files_only=local_files_only
+        )
+        environment = describe_environment(str(device))
+        dtypes, dtype_reason = _decide_dtypes(dtype, checkpoint, device, environment)
+        pipe = _load(checkpoint, dtypes, variant)
+        refuse_invented_weights(collected, checkpoint.asked)
+        if device.type != "cpu":
+            pipe.to(device)
+        notices = [*checkpoint.notices, *check_components(pipe, dtypes, device)]
+        check_weights(pipe, dtypes, lambda: _load_float32(checkpoint, variant))
+    if attention == "diffusers-sliced":
+        attention_reason = _enable_slicing(pipe)
+    else:
+        attention_reason = "one fused call, diffusers' default"
+    cautions = find_cautions(device.type, dtypes.values(), attention, torch.__version__)
+    for caution in cautions:
+        warnings.warn(caution, PrecisionWarning, stacklevel=2)
+    border_casts = install_border_casts(pipe) if len(set(dtypes.values())) > 1 else ()
+    # Libraries name the folder that they read: in the Hub's cache it tells the user's name.
+    folder = str(checkpoint.path)
+    report = LoadReport(
+        model=checkpoint.asked,
+        resolved=checkpoint.resolved,
+        pipeline_class=type(pipe).__name__,
+        device=str(device),
+        device_reason=device_reason,
+        dtypes={name: dtype_name(dtype) for name, dtype in dtypes.items()},
+        dtype_reason=dtype_reason,
+        attention=attention,
+        attention_reason=attention_reason,
+        border_casts=border_casts,
+        weight_bytes={name: count_weight_bytes(getattr(pipe, name)) for name in dtypes},
+        notices=tuple(notices),
+        warnings=(*cautions, *(line.replace(folder, checkpoint.resolved) for line in collected)),
+        load_seconds=time.perf_counter() - started,
+        environment=environment,
+    )
+    return pipe, report
+
+
+def _check_attention(attention):
+    if attention not in ATTENTIONS:
+        raise ValidationError(
+            f'attention={attention!r}: expected "sdpa" (fast and safe, the default) or '
+            '"diffusers-sliced" (less memory; see notebooks/01_diagnose_black_images.ipynb for '
+            "what it does on MPS)."
+        )
+
+
+def _decide_dtypes(dtype, checkpoint, device, environment):
+    policy = choose_dtypes(
+        device.type,
+        float32_gib=count_weights(checkpoint) * 4 / GIB,
+        available_gib=measure_available_gib(device),
+        macos=environment["macos"] or "",
+        device_name=environment["device_name"] or "",
+    )
+    dtypes, reason = assign_dtypes(dtype, checkpoint.components, policy)
+    for used in set(dtypes.values()):
+        problem = find_device_problem(device, used)
+        if problem:
+            raise ValidationError(
+                f"dtype={dtype_name(used)} on {device}: {problem}. Expected a dtype that the "
+                'device can compute in. Use dtype="auto" or "float32".'
+            )
+    return dtypes, reason
+
+
+def _load(checkpoint, dtypes, variant):
+    """Loads onto the CPU, straight into the dtypes: no second copy is held."""
+    try:
+        if checkpoint.is_single_file:
+            return _load_single_file(checkpoint, dtypes)
+        return DiffusionPipeline.from_pretrained(
+            checkpoint.path,
+            variant=variant,
+            use_safetensors=True,
+            local_files_only=True,
+            **{DTYPE_ARGUMENT: {**dtypes, "default": torch.float32}},
+        )
+    except torch.OutOfMemoryError:
+        raise
+    except Exception as error:  # diffusers and transformers raise whatever they meet
+        reason = " ".join(str(error).split()).replace(str(checkpoint.path), checkpoint.resolved)
+        raise ValidationError(
+            f"{checkpoint.asked}: {checkpoint.pipeline_class} cannot be loaded from it "
+            f"({type(error).__name__}: {reason[:300]}). Check that weights and configuration "
+            "belong together; if in doubt copy or download the model again."
+        ) from error
+
+
+def _load_float32(checkpoint, variant):
+    return _load(checkpoint, dict.fromkeys(checkpoint.components, torch.float32), variant)
+
+
+def _load_single_file(checkpoint, dtypes):
+    """One dtype is all that diffusers takes here; where they differ they are cast afterwards."""
+    same = set(dtypes.values())
+    pipe = getattr(diffusers, checkpoint.pipeline_class).from_single_file(
+        str(checkpoint.path),
+        config=str(checkpoint.config_folder),
+        local_files_only=True,
+        **{DTYPE_ARGUMENT: same.pop() if len(same) == 1 else torch.float32},
+    )
+    for name, dtype in dtypes.items():
+        getattr(pipe, name).to(dtype=dtype)
+    return pipe
+
+
+def _enable_slicing(pipe):
+    """Turns on diffusers' slicing, and returns what it does here."""
+    sliceable = [m for m in pipe.components.values() if hasattr(m, "set_attention_slice")]
+    heads = [
+        layer.sliceable_head_dim
+        for module in sliceable
+        for layer in module.modules()
+        if hasattr(layer, "sliceable_head_dim")
+    ]
+    if not heads:
+        raise ValidationError(
+            f'attention="diffusers-sliced": {type(pipe).__name__} has no attention that diffusers '
+            'can slice. Use attention="sdpa".'
+        )
+    # "auto" halves the heads: 0 of them at a time, and a crash at the first step, where one is all.
+    if min(heads) == 1:
+        pipe.enable_attention_slicing("max")
+        return 'one head at a time ("auto", half of them, fails on layers of a single head)'
+    pipe.enable_attention_slicing("auto")
+    return "half of the heads at a time"
