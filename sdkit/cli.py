@@ -1,0 +1,146 @@
+"""The command line: `sdkit demo` tells the whole story, `sdkit check` judges image files.
+
+What a command needs is imported inside it, so that `sdkit --help` answers at once. Every error is
+one sentence and a next step; exit 1 means that something was found bad, 2 that a command cannot
+be carried out as it was given.
+"""
+
+import json
+import os
+import sys
+from dataclasses import asdict
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+IMAGE_ENDINGS = (".png", ".jpg", ".jpeg", ".webp", ".tif", ".tiff", ".gif", ".bmp", ".ppm")
+BAD, UNUSABLE = 1, 2
+
+app = typer.Typer(
+    name="sdkit",
+    help="Find why Stable Diffusion images come out black, fix it, and prove it.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+)
+
+
+@app.callback()
+def main():
+    """Find why Stable Diffusion images come out black, fix it, and prove it."""
+    # A file name may hold bytes that no encoding knows; it must not end in a traceback.
+    sys.stdout.reconfigure(errors="backslashreplace")
+    sys.stderr.reconfigure(errors="backslashreplace")
+
+
+@app.command()
+def check(
+    paths: Annotated[
+        list[Path],
+        typer.Argument(metavar="PATH...", help="Image files, and folders to search for images."),
+    ],
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of lines.")] = False,
+):
+    """Tell valid images from black, flat, damaged and unreadable ones.
+
+    Files are judged whatever their name; in folders, and the folders in them, all files with the
+    ending of an image. Exits with 1 if any is bad.
+    """
+    files = find_image_files(paths)
+    from sdkit.verdict import judge_image_file
+
+    verdicts = {file: judge_image_file(file) for file in files}
+    bad_count = sum(not verdict.valid for verdict in verdicts.values())
+    if as_json:
+        images = [{"path": str(file), **asdict(v)} for file, v in verdicts.items()]
+        typer.echo(
+            json.dumps({"checked": len(files), "bad": bad_count, "images": images}, indent=2)
+        )
+    else:
+        _print_verdicts(verdicts)
+        typer.echo(f"{len(files)} checked, {bad_count} bad")
+    raise typer.Exit(BAD if bad_count else 0)
+
+
+@app.command()
+def demo(
+    output: Annotated[
+        Path, typer.Option(help="Folder for the executed notebooks, images and index.html.")
+    ] = Path("runs/demo"),
+    steps: Annotated[
+        int, typer.Option(help="Denoising steps an image; fewer is a quicker look.", min=1)
+    ] = 25,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON, not a table.")] = False,
+):
+    """Run the notebooks in order on the bundled model, offline, and print one verdict table.
+
+    Exits with 1 if a notebook failed or a verdict is not the one that the story tells.
+    """
+    from sdkit.demo import format_table, run_demo
+    from sdkit.validation import ValidationError
+
+    try:
+        runs = run_demo(output, parameters={"num_inference_steps": steps})
+    except (ValidationError, OSError) as error:
+        _fail(error)
+    if as_json:
+        typer.echo(json.dumps([asdict(run) for run in runs], indent=2))
+    else:
+        typer.echo(format_table(runs))
+        typer.echo(f"\n{output / 'index.html'}: the whole story on one page")
+    if not all(run.is_good for run in runs):
+        raise typer.Exit(BAD)
+
+
+def find_image_files(paths):
+    """Returns the files to check, each once: those named, and the images in the folders named.
+
+    Raises:
+        typer.Exit: A path is missing, or there is nothing to check.
+    """
+    files = {}
+    for path in paths:
+        if path.is_dir():
+            found = _search_folder(path)
+            if not found:
+                _fail(f"{path}: no image in this folder. Expected {', '.join(IMAGE_ENDINGS)}.")
+            files.update(dict.fromkeys(found))
+        elif os.path.lexists(path):
+            files[path] = None
+        else:
+            _fail(f"{path}: no such file or folder. Check the path.")
+    return list(files)
+
+
+def _search_folder(folder):
+    def refuse(error):
+        _fail(f"{error.filename}: cannot be searched ({error.strerror}). Check its permissions.")
+
+    return sorted(
+        Path(parent, name)
+        for parent, _, names in os.walk(folder, onerror=refuse)
+        for name in names
+        if name.lower().endswith(IMAGE_ENDINGS)
+    )
+
+
+def _print_verdicts(verdicts):
+    words = {file: "ok" if v.valid else v.problem for file, v in verdicts.items()}
+    word_width = max(map(len, words.values()))
+    path_width = max(len(_printable(file)) for file in verdicts)
+    for file, verdict in verdicts.items():
+        typer.echo(
+            f"{words[file]:{word_width}}  {_printable(file):{path_width}}  {verdict.message}"
+        )
+
+
+def _printable(path):
+    """A path on one line, whatever characters are in its name."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in str(path))
+
+
+def _fail(message):
+    typer.echo(message, err=True)
+    raise typer.Exit(UNUSABLE)

@@ -1,0 +1,193 @@
+"""Prompts to checked, saved images and one record: nothing invalid reaches the disk.
+
+Here the call is put together and undone again; `request.py` says what may be asked for, and
+`image_run.py` makes the images.
+"""
+
+import inspect
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+from diffusers import AutoPipelineForImage2Image
+from tqdm.auto import tqdm
+
+from sdkit.device import describe_environment
+from sdkit.emulate import active as find_emulation
+from sdkit.generation.image_run import ImageRun
+from sdkit.generation.record import RECORD_VERSION, RunRecord, plain
+from sdkit.generation.request import check_number, check_pipe_kwargs, check_request, prepare_folder
+from sdkit.guarding import find_components
+from sdkit.validation import ValidationError
+
+
+def generate(
+    pipe,
+    prompts,
+    *,
+    negative_prompt=None,
+    seed=0,
+    num_inference_steps=25,
+    guidance_scale=7.5,
+    image_size=None,
+    batch_size=1,
+    image=None,
+    strength=0.8,
+    output_folder=None,
+    on_nonfinite="raise",
+    progress=True,
+    **pipe_kwargs,
+):
+    """Generates one checked image a prompt, and saves the valid ones.
+
+    Args:
+        pipe: A diffusers pipeline for Stable Diffusion 1.x, 2.x or XL, or another one that takes
+            `latents` of shape (B, C, height / 8, width / 8).
+        prompts: One prompt or a list of them; repeat a prompt for several images of it.
+        negative_prompt: One for all, or a list with one each.
+        seed: Image i is drawn from seed + i; or a list with one seed each.
+        num_inference_steps: Denoising steps; with an image, strength times as many are done.
+        guidance_scale: At most 1 is no guidance.
+        image_size: Pixels, one number or (height, width), multiples of 8. By default what the model
+            was made for, or the size of the input image.
+        batch_size: Images in one pipeline call.
+        image: PIL image or file to start from (image-to-image), or a list with one each.
+        strength: How far to leave the input image, above 0 and at most 1.
+        output_folder: Where the images and `record.json` go; None keeps them in memory alone. Use
+            one folder a run: what this run would write is removed from it first.
+        on_nonfinite: "raise" stops at the first NaN, Inf or invalid image (black or flat ones too);
+            "skip" records and drops it and goes on, within a batch as well.
+        progress: Whether to show a progress bar.
+        **pipe_kwargs: Handed on to the pipeline call.
+
+    Returns:
+        A RunRecord; its images hold the valid `pil_image`s.
+
+    Raises:
+        NonFiniteError: An image would have been NaN or Inf (on_nonfinite="raise").
+        ValidationError: Another invalid image; or arguments that cannot work, before anything runs.
+
+        Every error, an interrupt too, carries the unfinished RunRecord as `error.record`. It is
+        saved as well, with `complete` false, beside the images that were saved before.
+
+    Warnings during the run (Python's, and what diffusers and transformers log) are kept in the
+    record and shown once each when it ends. Python's filters are the process's, so do not generate
+    in two threads at once.
+    """
+    if on_nonfinite not in ("raise", "skip"):
+        raise ValidationError(f'on_nonfinite: got {on_nonfinite!r}, expected "raise" or "skip".')
+    find_components(pipe)
+    pipe = _choose_pipeline(pipe, image)
+    check_pipe_kwargs(pipe, pipe_kwargs)
+    num_inference_steps = check_number("num_inference_steps", num_inference_steps, minimum=1)
+    guidance_scale = check_number("guidance_scale", guidance_scale, kind=float)
+    batch_size = check_number("batch_size", batch_size, minimum=1)
+    request = check_request(
+        pipe,
+        prompts,
+        negative_prompt=negative_prompt,
+        seed=seed,
+        image_size=image_size,
+        image=image,
+    )
+    call = {
+        "num_inference_steps": num_inference_steps,
+        "guidance_scale": guidance_scale,
+        **({} if image is None else {"strength": _check_strength(strength, num_inference_steps)}),
+        **pipe_kwargs,
+    }
+    folder = None if output_folder is None else prepare_folder(output_folder, request)
+    settings = {
+        "height": request.height,
+        "width": request.width,
+        "batch_size": batch_size,
+        "on_nonfinite": on_nonfinite,
+        "image_to_image": image is not None,
+        **plain(call),
+    }
+    record = _describe_run(pipe, settings)
+    run = ImageRun(pipe, request, call, folder, raises=on_nonfinite == "raise", record=record)
+    try:
+        with run.caught, run.meter, _progress_bar(pipe, len(request), progress) as bar:
+            for start in range(0, len(request), batch_size):
+                indices = range(start, min(start + batch_size, len(request)))
+                run.make_batch(indices)
+                run.save()
+                bar.update(len(indices))
+        record = run.finish()
+        run.save()
+    except BaseException as error:  # an interrupt too: what was made is told
+        error.record = run.finish(error=str(error) or type(error).__name__)
+        with suppress(ValidationError, Warning):  # neither may hide the error itself
+            run.save()
+            run.caught.show()
+        raise
+    run.caught.show()
+    return record
+
+
+def _choose_pipeline(pipe, image):
+    """The pipeline itself, or an image-to-image pipeline of the very same components."""
+    makes_images_of_images = "strength" in inspect.signature(pipe.__call__).parameters
+    if makes_images_of_images == (image is not None):
+        return pipe
+    if makes_images_of_images:
+        raise ValidationError(
+            f"image: {type(pipe).__name__} starts from an image, expected image=. "
+            "Hand over a text-to-image pipeline to start from noise."
+        )
+    try:
+        return AutoPipelineForImage2Image.from_pipe(pipe)
+    except ValueError as error:
+        raise ValidationError(
+            f"image: {type(pipe).__name__} has no image-to-image form in diffusers ({error})."
+        ) from error
+
+
+def _check_strength(strength, num_inference_steps):
+    strength = check_number("strength", strength, kind=float, minimum=0, maximum=1)
+    if int(strength * num_inference_steps) < 1:
+        raise ValidationError(
+            f"strength: {strength} of {num_inference_steps} steps leaves none. Expected at least "
+            f"{1 / num_inference_steps:.3g}, or more num_inference_steps."
+        )
+    return strength
+
+
+def _describe_run(pipe, settings):
+    """The record as it is before the first image."""
+    components = find_components(pipe)
+    denoiser = getattr(pipe, "unet", None) or pipe.transformer
+    processors = getattr(denoiser, "attn_processors", {}).values()
+    return RunRecord(
+        version=RECORD_VERSION,
+        complete=False,
+        error=None,
+        images=(),
+        settings=settings,
+        model=Path(str(pipe.config.get("_name_or_path") or "unnamed")).name,
+        pipeline=type(pipe).__name__,
+        scheduler=type(pipe.scheduler).__name__,
+        device=str(pipe._execution_device),  # pipe.device says cpu while a model is offloaded
+        dtypes={n: str(c.dtype).removeprefix("torch.") for n, c in components.items()},
+        attention=tuple(sorted({type(processor).__name__ for processor in processors})),
+        warnings=(),
+        cast_warning=False,
+        first_seconds=None,
+        rest_mean_seconds=None,
+        memory=None,
+        environment=plain(describe_environment()),
+        emulated=find_emulation(),
+    )
+
+
+@contextmanager
+def _progress_bar(pipe, count, progress):
+    """One bar over the images; the pipeline's own bar of steps only if there is one image."""
+    own = getattr(pipe, "_progress_bar_config", None)
+    if count > 1 or not progress:
+        pipe.set_progress_bar_config(**{**(own or {}), "disable": True})
+    try:
+        with tqdm(total=count, unit="image", disable=count == 1 or not progress) as bar:
+            yield bar
+    finally:
+        pipe._progress_bar_config = own or {}  # where there was none, diffusers sets {} itself

@@ -1,0 +1,230 @@
+"""Finite checks at the stage boundaries of any diffusers pipeline: the first bad value is named.
+
+    with guard(pipe):
+        pipe("black casual shoes")  # raises at the first NaN or Inf, before the scheduler uses it
+
+One check follows each call of a text encoder, of the UNet (or transformer) and of the VAE. It looks
+at what went in as well as at what came out, so a component that was fed NaN is not blamed for it.
+
+A step is the index i of diffusers' denoising loop (`for i, t in enumerate(timesteps)`), from 0 in
+every pipeline call. Second-order schedulers (Heun, KDPM2) list their half-steps in `timesteps`, so
+n inference steps give about 2n steps here. Image-to-image counts from its own first step.
+"""
+
+from contextlib import ExitStack, contextmanager
+from dataclasses import replace
+from types import MethodType
+
+import torch
+
+from sdkit.finding import Finding, GuardReport, NonFiniteError, describe_bad, find_tensors
+from sdkit.validation import ValidationError, is_finite
+
+# The first parameters of UNet2DConditionModel.forward; pipelines pass all others by name.
+UNET_ARGUMENTS = ("sample", "timestep", "encoder_hidden_states")
+# What the UNet's and the transformers' parameters mean; every other one is "conditioning".
+MEANING = {
+    "sample": "latents",
+    "hidden_states": "latents",
+    "timestep": "scheduler",
+    "encoder_hidden_states": "prompt_embeds",
+    "pooled_projections": "prompt_embeds",
+}
+
+__all__ = ["Finding", "GuardReport", "NonFiniteError", "find_components", "guard"]
+
+
+@contextmanager
+def guard(pipe, *, on_nonfinite="raise"):
+    """Watches a pipeline for NaN and Inf while the block runs; removes every trace of itself after.
+
+    Args:
+        pipe: Any diffusers pipeline with a `unet` or a `transformer`. LoRA layers and
+            `torch.compile` are fine, and pipelines that share its components are watched too; a
+            component that is swapped inside the block is not.
+        on_nonfinite: "raise" stops at the first bad value; "record" lets the run go on and reports
+            where NaN and Inf arise, not where they are merely passed on.
+
+    Yields:
+        A GuardReport that fills while the block runs.
+
+    Raises:
+        NonFiniteError: At the first bad value, before the scheduler has used it.
+        ValidationError: The pipeline has nothing to watch, or `on_nonfinite` is unknown.
+    """
+    if on_nonfinite not in ("raise", "record"):
+        raise ValidationError(f'on_nonfinite: got {on_nonfinite!r}, expected "raise" or "record".')
+    report = GuardReport()
+    watch = _Watch(pipe, report, raises=on_nonfinite == "raise")
+    with ExitStack() as undo:
+        for name, component in find_components(pipe).items():
+            if name == "vae":
+                component = getattr(component, "_orig_mod", component)  # under torch.compile
+                _wrap_method(component, "encode", watch.after_encode, undo)
+                _wrap_method(component, "decode", watch.after_decode, undo)
+            elif name.startswith("text_encoder"):
+                _watch_forward(name, component, watch.after_text_encoder, undo)
+            else:
+                _watch_forward(name, component, watch.after_denoiser, undo)
+        yield report
+
+
+def find_components(pipe):
+    """Returns the pipeline's text encoders, UNet or transformer and VAE, by name.
+
+    Raises:
+        ValidationError: It is no diffusers pipeline, or has neither a UNet nor a transformer.
+    """
+    modules = {
+        name: module
+        for name, module in getattr(pipe, "__dict__", {}).items()
+        if name.startswith(("text_encoder", "unet", "transformer")) or name == "vae"
+        if isinstance(module, torch.nn.Module)
+    }
+    if not any(name.startswith(("unet", "transformer")) for name in modules):
+        raise ValidationError(
+            f"{type(pipe).__name__}: found {', '.join(modules) or 'no component'} to watch, "
+            "expected a diffusers pipeline with a unet or a transformer. Hand over the pipeline "
+            "itself, as StableDiffusionPipeline.from_pretrained returns it."
+        )
+    return modules
+
+
+def _watch_forward(name, module, look, undo):
+    """Calls look(name, args, kwargs, output) after each call of a module."""
+    # A hook would be traced into what `module.compile()` made: recompiled, or refused by fullgraph.
+    compiled = module._compiled_call_impl
+    if compiled is None:
+        handle = module.register_forward_hook(
+            lambda _, args, kwargs, output: look(name, args, kwargs, output), with_kwargs=True
+        )
+        undo.callback(handle.remove)
+        return
+
+    def call(*args, **kwargs):
+        output = compiled(*args, **kwargs)
+        look(name, args, kwargs, output)
+        return output
+
+    module._compiled_call_impl = call
+    undo.callback(setattr, module, "_compiled_call_impl", compiled)
+
+
+def _wrap_method(vae, method, look, undo):
+    """Calls look(inputs, output) after each `vae.encode` or `vae.decode`, which fire no hook.
+
+    Hooks on the inner encoder and decoder would see single slices and tiles, would miss the
+    convolutions beside them, and would be lost where the user compiled `vae.decode`.
+    """
+    own = vars(vae).get(method)  # a compiled method, or another guard's
+
+    def call(vae, *args, **kwargs):
+        output = own(*args, **kwargs) if own else getattr(type(vae), method)(vae, *args, **kwargs)
+        look((args, kwargs), output)
+        return output
+
+    setattr(vae, method, MethodType(call, vae))  # a bound method: a deep copy calls its own weights
+    undo.callback(setattr, vae, method, own) if own else undo.callback(delattr, vae, method)
+
+
+class _Watch:
+    """Follows the pipeline calls inside one guard and judges each call of a component."""
+
+    def __init__(self, pipe, report, *, raises):
+        self.pipe, self.report, self.raises = pipe, report, raises
+        self._begin_run()
+
+    def _begin_run(self):
+        self.position = None  # index into scheduler.timesteps
+        self.step = self.timestep = None
+        self.findings_before = len(self.report)
+
+    def after_text_encoder(self, name, args, kwargs, output):
+        if self.position is not None:  # it has denoised since: the next pipeline call begins
+            self._begin_run()
+        self._judge("text_encoder", name, {}, output)
+
+    def after_encode(self, inputs, output):
+        self._judge("vae", "vae.encode", {"image": (("image", None, None), inputs)}, output)
+
+    def after_decode(self, inputs, output):
+        self._judge("vae", "vae.decode", {"latents": (self._latents_origin(), inputs)}, output)
+
+    def after_denoiser(self, name, args, kwargs, output):
+        arguments = {**dict(zip(UNET_ARGUMENTS, args, strict=False)), **kwargs}
+        latents_origin = self._latents_origin()
+        if self._advance(arguments.get("timestep")):
+            latents_origin = ("latents", None, None)
+        now = (self.step, self.timestep)
+        incoming = {}
+        for argument, value in arguments.items():
+            meaning = MEANING.get(argument, "conditioning")
+            if "mask" not in argument:  # -inf is how a mask says no
+                origin = latents_origin if meaning == "latents" else (meaning, *now)
+                incoming[argument] = (origin, value)
+        self._judge("unet", name, incoming, output, *now)
+
+    def _latents_origin(self):
+        """(stage, step, timestep) of what made the latents that a component is given now."""
+        if self.position is None:
+            return ("latents", None, None)
+        return ("scheduler", self.step, self.timestep)
+
+    def _advance(self, timestep):
+        """Moves to the step of this denoiser call; returns True if a new run begins with it."""
+        if isinstance(timestep, torch.Tensor):
+            timestep = timestep.flatten()[0].item()  # one for the batch, or one a row
+        position = _find_position(self.pipe, timestep, self.position)
+        if position is None:  # not in the schedule (Flux divides by 1000): count the changes
+            previous = -1 if self.position is None else self.position
+            rises = None not in (timestep, self.timestep) and timestep > self.timestep
+            position = 0 if rises else previous + (timestep != self.timestep)
+        if self.position is not None and position < self.position:
+            self._begin_run()
+        is_new = self.position is None
+        # Counted, not subtracted: image-to-image may start at the second of two equal timesteps.
+        self.step = 0 if is_new else self.step + (position > self.position)
+        self.position, self.timestep = position, timestep
+        return is_new
+
+    def _judge(self, stage, component, incoming, output, step=None, timestep=None):
+        """Looks at one call: what it was fed, {argument: (origin, value)}, and what it made."""
+        self.report.calls[component] = self.report.calls.get(component, 0) + 1
+        fed = [
+            describe_bad(tensor, *origin, component, argument)
+            for argument, (origin, value) in incoming.items()
+            for tensor in find_tensors(value)
+            if not is_finite(tensor)
+        ]
+        if fed and len(self.report) == self.findings_before:
+            self._report(fed[0])
+        bad_output = next((t for t in find_tensors(output) if not is_finite(t)), None)
+        if bad_output is None:
+            return
+        made = describe_bad(bad_output, stage, step, timestep, component, "output")
+        # A cast at the component's border may have changed the tensor's: what counts is its own.
+        dtype = getattr(getattr(self.pipe, component.partition(".")[0]), "dtype", made.dtype)
+        made = replace(made, dtype=str(dtype).removeprefix("torch."))
+        if not fed or not made.follows_from(fed):
+            self._report(made)
+
+    def _report(self, finding):
+        self.report.findings.append(finding)
+        if self.raises:
+            raise NonFiniteError(finding.message, finding)
+
+
+def _find_position(pipe, timestep, previous):
+    """Index into scheduler.timesteps of a call at this timestep, after a call at `previous`.
+
+    The next index comes first, for second-order schedulers list a timestep twice; then the same
+    index, for some pipelines call the UNet once for each half of the guidance; then a later one.
+    Only a new run goes back.
+    """
+    schedule = getattr(getattr(pipe, "scheduler", None), "timesteps", None)
+    values = [] if schedule is None else schedule.tolist()
+    matches = [i for i, value in enumerate(values) if value == timestep]
+    if previous in matches and previous + 1 not in matches:
+        return previous
+    later = [i for i in matches if previous is None or i > previous]
+    return next(iter(later or matches), None)

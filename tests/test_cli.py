@@ -1,0 +1,109 @@
+"""`sdkit check` as it is typed: exit codes, one line a file, never a traceback."""
+
+import json
+import os
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+from PIL import Image
+from typer.testing import CliRunner
+
+from sdkit.cli import app
+
+
+def run(*arguments):
+    return CliRunner().invoke(app, [str(argument) for argument in arguments])
+
+
+@pytest.fixture
+def images(tmp_path):
+    """Good and bad images, in a folder and one below it, and a file that is no image."""
+    random_pixels = np.random.default_rng(0).integers(0, 255, (32, 32, 3), np.uint8)
+    good = Image.fromarray(random_pixels)
+    (tmp_path / "below").mkdir()
+    good.save(tmp_path / "good.png")
+    good.save(tmp_path / "below" / "GOOD.JPG", format="JPEG")
+    Image.new("RGB", (32, 32)).save(tmp_path / "below" / "black.png")
+    data = (tmp_path / "good.png").read_bytes()
+    (tmp_path / "cut.png").write_bytes(data[: len(data) // 2])
+    (tmp_path / "empty.webp").write_bytes(b"")
+    (tmp_path / "notes.txt").write_text("no image")
+    return tmp_path
+
+
+def test_one_line_a_file_and_a_summary(images):
+    result = run("check", images)
+    lines = result.stdout.splitlines()
+    assert result.exit_code == 1
+    assert lines[-1] == "5 checked, 3 bad"
+    words = {os.path.relpath(line.split()[1], images): line.split()[0] for line in lines[:-1]}
+    assert words == {
+        "good.png": "ok",
+        os.path.join("below", "GOOD.JPG"): "ok",
+        os.path.join("below", "black.png"): "all-black",
+        "cut.png": "truncated",
+        "empty.webp": "empty-file",
+    }
+    assert len({line.index(str(images)) for line in lines[:-1]}) == 1  # aligned
+
+
+def test_all_good_exits_with_0_and_files_count_once(images):
+    result = run("check", images / "good.png", images / "below" / "GOOD.JPG", images / "good.png")
+    assert (result.exit_code, result.stdout.splitlines()[-1]) == (0, "2 checked, 0 bad")
+
+
+def test_a_named_file_is_judged_whatever_its_ending(images):
+    result = run("check", images / "notes.txt")
+    assert result.exit_code == 1 and result.stdout.startswith("not-an-image")
+
+
+def test_json(images):
+    result = run("check", "--json", images / "good.png", images / "below" / "black.png")
+    content = json.loads(result.stdout)
+    assert (result.exit_code, content["checked"], content["bad"]) == (1, 2, 1)
+    assert [image["problem"] for image in content["images"]] == [None, "all-black"]
+    assert content["images"][1]["path"] == str(images / "below" / "black.png")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["missing.png"], "missing.png: no such file or folder"),
+        (["bare"], "bare: no image in this folder"),
+        ([], "Missing argument"),
+        (["--jsn", "x"], "No such option"),
+    ],
+)
+def test_what_cannot_be_carried_out_exits_with_2(tmp_path, monkeypatch, arguments, message):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "bare").mkdir()
+    result = run("check", *arguments)
+    assert result.exit_code == 2 and message in result.stderr and "Traceback" not in result.output
+    assert result.stdout == ""
+
+
+def test_names_that_no_encoding_knows_and_links_to_nowhere(images):
+    """In a process of its own, for its output must pass a real, narrow stream."""
+    strange = os.fsencode(images) + b"/line\nfeed \xff " + "黑.png".encode()
+    os.link(images / "good.png", strange)
+    os.symlink("nowhere", images / "link.png")
+    command = [sys.executable, "-m", "sdkit", "check", strange, images / "link.png"]
+    environment = {**os.environ, "PYTHONIOENCODING": "latin-1"}
+    result = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
+    assert (result.returncode, result.stderr) == (1, "")
+    assert [line.split()[0] for line in result.stdout.splitlines()] == ["ok", "missing", "2"]
+
+
+def test_help_and_check_do_not_wait_for_torch():
+    code = (
+        "import sys, sdkit.cli as c; from typer.testing import CliRunner as R; "
+        "assert R().invoke(c.app, ['check', '--help']).exit_code == 0; "
+        "R().invoke(c.app, ['check', sys.executable]); "
+        "print([name for name in ('torch', 'diffusers', 'numpy') if name in sys.modules])"
+    )
+    result = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True
+    )
+    assert result.stdout.strip() == "['numpy']"
