@@ -9,9 +9,9 @@ __version__ = "0.1.0"
 
 EXPORTS = {
     "load_pipeline": "sdkit.loading",
-    "LoadReport": "sdkit.load_report",
+    "LoadReport": "sdkit.loading",
     "generate": "sdkit.generation",
-    "RunRecord": "sdkit.record",
+    "RunRecord": "sdkit.generation",
     "guard": "sdkit.guarding",
     "check_finite": "sdkit.validation",
     "check_image": "sdkit.validation",

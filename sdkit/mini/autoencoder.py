@@ -12,9 +12,8 @@ from tqdm.auto import tqdm
 from sdkit.mini.recipe import Recipe, make_vae
 from sdkit.mini.training import train
 
-KL_WEIGHT = (
-    2e-4  # on the mean over latent values: keeps them near unit scale, costs no visible detail
-)
+POLISH_NOISE = 0.03  # of the std of the latents: about what a denoised latent is off by
+KL_WEIGHT = 2e-4  # on the mean over latent values: keeps them near unit scale
 
 
 def train_vae(
@@ -57,6 +56,48 @@ def train_vae(
     return vae.eval()
 
 
+def polish_decoder(
+    vae: AutoencoderKL,
+    recipe: Recipe,
+    images: np.ndarray,
+    latents: torch.Tensor,
+    *,
+    folder: Path,
+    device: torch.device,
+) -> AutoencoderKL:
+    """Trains the decoder on, in place, with the encoder and so the latents as they are.
+
+    Args:
+        vae: From `train_vae`.
+        recipe: Steps, batch size.
+        images: (N, H, W, 3) uint8.
+        latents: Their posterior means, (N, 4, h, w).
+        folder: For state and log.
+        device: Where to train.
+    """
+    noise_scale = POLISH_NOISE * latents.std()
+
+    def measure_loss(generator):
+        index = torch.randint(len(images), (recipe.vae_batch_size,), generator=generator)
+        index = index.sort().values
+        noise = torch.randn(latents[index].shape, generator=generator)
+        decoded = vae.decode((latents[index] + noise_scale * noise).to(device)).sample.float()
+        return reconstruction_loss(decoded, to_pixels(images[index.numpy()]).to(device))
+
+    train(
+        {"decoder": vae.decoder, "post_quant_conv": vae.post_quant_conv},
+        measure_loss,
+        steps=recipe.decoder_steps,
+        learning_rate=recipe.decoder_learning_rate,
+        ema_decay=recipe.ema_decay,
+        seed=recipe.seed + 2,
+        device=device,
+        folder=folder,
+        name="decoder",
+    )
+    return vae.eval()
+
+
 def reconstruction_loss(decoded: torch.Tensor, pixels: torch.Tensor) -> torch.Tensor:
     """L1 and L2 on the pixels and L1 on their differences, so that edges stay sharp."""
     error = decoded - pixels
@@ -70,14 +111,11 @@ def to_pixels(images: np.ndarray) -> torch.Tensor:
 
 
 @torch.no_grad()
-def encode_images(
-    vae: AutoencoderKL, images: np.ndarray, *, device: torch.device
-) -> dict[str, torch.Tensor]:
-    """Posterior mean and std of every image, (N, 4, h, w) float32 each, unscaled."""
-    means, stds = [], []
+def encode_images(vae: AutoencoderKL, images: np.ndarray, *, device: torch.device) -> torch.Tensor:
+    """Posterior mean of every image, (N, 4, h, w) float32, unscaled."""
+    means = []
     for start in tqdm(range(0, len(images), 32), desc="latents", mininterval=5):
         with torch.autocast(device.type, torch.bfloat16):
-            posterior = vae.encode(to_pixels(images[start : start + 32]).to(device)).latent_dist
-        means.append(posterior.mean.float().cpu())
-        stds.append(posterior.std.float().cpu())
-    return {"mean": torch.cat(means), "std": torch.cat(stds)}
+            pixels = to_pixels(images[start : start + 32]).to(device)
+            means.append(vae.encode(pixels).latent_dist.mean.float().cpu())
+    return torch.cat(means).contiguous()

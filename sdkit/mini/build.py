@@ -2,7 +2,6 @@
 
 import argparse
 import logging
-import os
 import shutil
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
@@ -14,12 +13,13 @@ from safetensors.torch import load_file, save_file
 from tqdm.auto import tqdm
 
 from sdkit.mini import CLASSIFIER_PATH, MODEL_FOLDER
-from sdkit.mini.autoencoder import encode_images, train_vae
+from sdkit.mini.autoencoder import encode_images, polish_decoder, train_vae
 from sdkit.mini.catalogue import BASE_BACKGROUNDS, Product, render, sample_product
 from sdkit.mini.classifier import train_classifier
 from sdkit.mini.denoiser import train_denoiser
 from sdkit.mini.recipe import Recipe, make_scheduler
 from sdkit.mini.vocabulary import build_tokenizer
+from sdkit.run_folder import replace_file
 
 logger = logging.getLogger("sdkit.mini.build")
 
@@ -49,6 +49,7 @@ def build(recipe: Recipe, *, work_folder: Path, model_folder: Path, classifier_p
     )
     vae = train_vae(recipe, images, folder=work_folder, device=device)
     latents = cache_latents(vae, images, work_folder / "latents.safetensors", device)
+    polish_decoder(vae, recipe, images, latents, folder=work_folder, device=device)
     scaling_factor = measure_scaling_factor(latents, products)
     logger.info(
         "scaling_factor %.4f; denoiser: %d steps of %d",
@@ -95,8 +96,8 @@ def render_training_images(recipe: Recipe, folder: Path) -> tuple[np.ndarray, li
             images = np.stack(
                 list(tqdm(renders, desc="renders", total=len(products), mininterval=5))
             )
-        np.save(folder / "partial.npy", images)
-        os.replace(folder / "partial.npy", path)
+        with replace_file(path) as temporary, temporary.open("wb") as file:
+            np.save(file, images)
     return np.load(path, mmap_mode="r"), products
 
 
@@ -104,22 +105,18 @@ def render_array(product: Product, seed: int) -> np.ndarray:
     return np.asarray(render(product, seed))
 
 
-def cache_latents(
-    vae, images: np.ndarray, path: Path, device: torch.device
-) -> dict[str, torch.Tensor]:
+def cache_latents(vae, images: np.ndarray, path: Path, device: torch.device) -> torch.Tensor:
     """Encodes the training set once."""
     if not path.exists():
-        partial = path.with_suffix(".partial")
-        save_file(encode_images(vae, images, device=device), partial)
-        os.replace(partial, path)
-    return load_file(path)
+        with replace_file(path) as temporary:
+            save_file({"latents": encode_images(vae, images, device=device)}, temporary)
+    return load_file(path)["latents"]
 
 
-def measure_scaling_factor(latents: dict[str, torch.Tensor], products: list[Product]) -> float:
-    """One over the std of sampled latents, as in Rombach et al. (2022), section G."""
+def measure_scaling_factor(latents: torch.Tensor, products: list[Product]) -> float:
+    """One over the std of the latents, as in Rombach et al. (2022), section G."""
     shown = torch.tensor([product.background in BASE_BACKGROUNDS for product in products])
-    variance = latents["mean"][shown].var() + latents["std"][shown].square().mean()
-    return float(f"{variance.rsqrt().item():.5f}")
+    return float(f"{1 / latents[shown].std().item():.5f}")
 
 
 def save_model(pipe: StableDiffusionPipeline, folder: Path, *, tokenizer_folder: Path) -> Path:

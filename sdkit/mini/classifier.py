@@ -2,7 +2,6 @@
 
 # B batch, H W pixels, A answers (kinds, colours, backgrounds, one after another)
 
-import os
 from pathlib import Path
 
 import numpy as np
@@ -14,6 +13,7 @@ from tqdm.auto import tqdm
 
 from sdkit.mini import CLASSIFIER_PATH
 from sdkit.mini.catalogue import BACKGROUNDS, COLOURS, KINDS, Product, render_dataset
+from sdkit.run_folder import replace_file
 
 QUESTIONS = {"kind": KINDS, "colour": tuple(COLOURS), "background": tuple(BACKGROUNDS)}
 INPUT_PIXELS = 64
@@ -101,12 +101,9 @@ def train_classifier(
         loss.backward()
         optimizer.step()
         schedule.step()
-    partial = path.with_suffix(".partial")
-    save_file(
-        {name: value.half().contiguous() for name, value in classifier.state_dict().items()},
-        partial,
-    )
-    os.replace(partial, path)
+    weights = {name: value.half().contiguous() for name, value in classifier.state_dict().items()}
+    with replace_file(path) as temporary:
+        save_file(weights, temporary)
     return path
 
 

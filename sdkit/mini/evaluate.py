@@ -4,7 +4,6 @@
 
 import argparse
 import json
-import os
 from pathlib import Path
 
 import numpy as np
@@ -16,6 +15,7 @@ from tqdm.auto import tqdm
 from sdkit.mini import MODEL_FOLDER
 from sdkit.mini.catalogue import BASE_BACKGROUNDS, COLOURS, KINDS, Product, render_dataset
 from sdkit.mini.classifier import QUESTIONS, classify, load_classifier, measure_accuracy
+from sdkit.run_folder import replace_file
 
 HELD_OUT_SEED = 777  # no training or choice used it
 GUIDANCE_SCALE = 4.0  # chosen once, on other seeds
@@ -118,9 +118,8 @@ def main() -> None:
     quality = json.dumps(evaluate(arguments.model_folder, figure_path=arguments.figure), indent=2)
     print(quality)
     if arguments.json:
-        partial = arguments.json.with_suffix(".partial")
-        partial.write_text(quality + "\n")
-        os.replace(partial, arguments.json)
+        with replace_file(arguments.json) as temporary:
+            temporary.write_text(quality + "\n")
 
 
 if __name__ == "__main__":

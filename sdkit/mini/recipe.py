@@ -19,6 +19,8 @@ class Recipe:
         vae_steps: Optimiser steps of the autoencoder.
         vae_batch_size: Pictures a step.
         vae_learning_rate: Peak, AdamW.
+        decoder_steps: Optimiser steps of the decoder alone, afterwards.
+        decoder_learning_rate: Peak, AdamW.
         unet_steps: Optimiser steps of text encoder and UNet together.
         unet_batch_size: Latents a step.
         unet_learning_rate: Peak, AdamW.
@@ -33,7 +35,9 @@ class Recipe:
     vae_steps: int = 2_800
     vae_batch_size: int = 8
     vae_learning_rate: float = 1.5e-3
-    unet_steps: int = 7_000
+    decoder_steps: int = 2_000
+    decoder_learning_rate: float = 6e-4
+    unet_steps: int = 4_200
     unet_batch_size: int = 32
     unet_learning_rate: float = 1e-3
     caption_dropout: float = 0.1
@@ -76,13 +80,13 @@ def make_unet() -> UNet2DConditionModel:
     """SD 1.5's UNet, one layer a block, cross-attention at both finer levels."""
     return UNet2DConditionModel(
         sample_size=SIZE_PIXELS // 8,
-        block_out_channels=(64, 128, 192),
+        block_out_channels=(64, 128, 144),
         layers_per_block=1,
         down_block_types=("CrossAttnDownBlock2D", "CrossAttnDownBlock2D", "DownBlock2D"),
         up_block_types=("UpBlock2D", "CrossAttnUpBlock2D", "CrossAttnUpBlock2D"),
         cross_attention_dim=128,
         attention_head_dim=4,  # diffusers' name for the number of heads, as SD 1.5 configures it
-        norm_num_groups=32,
+        norm_num_groups=16,
     )
 
 

@@ -2,7 +2,6 @@
 
 import json
 import math
-import os
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -10,6 +9,8 @@ from pathlib import Path
 import torch
 from diffusers.training_utils import EMAModel
 from tqdm.auto import tqdm
+
+from sdkit.run_folder import replace_file
 
 CHECKPOINT_SECONDS = 120.0
 WARMUP_STEPS = 100
@@ -48,6 +49,7 @@ def train(
     ema = EMAModel(parameters, decay=ema_decay)
     state_path, log_path = folder / f"{name}.pt", folder / f"{name}.jsonl"
     done = load_state(state_path, modules, optimizer, ema) if state_path.exists() else 0
+    ema.to(device)
     saved_at, losses = time.monotonic(), []
     progress = tqdm(range(done, steps), initial=done, total=steps, desc=name, mininterval=5)
     for step in progress:
@@ -96,9 +98,8 @@ def save_state(path: Path, modules, optimizer, ema, step: int) -> Path:
         "ema": ema.state_dict(),
         "step": step,
     }
-    partial = path.with_suffix(".partial")
-    torch.save(state, partial)
-    os.replace(partial, path)
+    with replace_file(path) as temporary:
+        torch.save(state, temporary)
     return path
 
 
@@ -109,6 +110,4 @@ def load_state(path: Path, modules, optimizer, ema) -> int:
         module.load_state_dict(state["modules"][name])
     optimizer.load_state_dict(state["optimizer"])
     ema.load_state_dict(state["ema"])
-    device = next(iter(modules.values())).device
-    ema.to(device)
     return state["step"]

@@ -1,0 +1,67 @@
+"""The notebooks run through papermill, take the promised parameters, are stored without outputs."""
+
+import json
+
+import nbformat
+import papermill
+import pytest
+
+from sdkit.demo import find_notebooks, format_table, run_demo
+
+NOTEBOOKS = find_notebooks()
+PARAMETERS = {
+    "model", "backend", "dtype", "attention", "prompts", "seed", "num_inference_steps",
+    "guidance_scale", "image_size", "output_folder",
+}  # fmt: skip
+SMALL = {"num_inference_steps": 3, "image_size": 64}
+
+
+def test_there_are_notebooks():
+    assert [path.stem for path in NOTEBOOKS] == ["01_diagnose_black_images", "02_fix_precision"]
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
+def test_parameters_are_the_promised_ones(path):
+    assert set(papermill.inspect_notebook(path)) == PARAMETERS
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
+def test_stored_form(path):
+    notebook = nbformat.read(path, as_version=4)
+    code = [cell for cell in notebook.cells if cell.cell_type == "code"]
+    assert code[0].metadata.tags == ["parameters"]
+    assert code[-1].metadata.tags == ["check"]
+    assert not any(cell.outputs or cell.execution_count for cell in code)
+    assert "papermill" not in notebook.metadata
+    forbidden = ("%pip", "\n!", '"cuda")', "/home/", "/Users/")
+    assert not [word for cell in code for word in forbidden if word in cell.source]
+
+
+@pytest.mark.notebook
+def test_demo_runs_the_notebooks_and_tells_the_story(tmp_path):
+    runs = run_demo(tmp_path, parameters=SMALL)
+    assert [run.error for run in runs] == [None, None]
+    assert all(run.is_good for run in runs)
+    table = format_table(runs)
+    assert "3 of 3 pictures are bad" in table
+    assert "unet, step 0" in table
+    assert "0 of 3 saved" in table
+    page = (tmp_path / "index.html").read_text()
+    assert page.count("data:image/png") >= 3
+    for run in runs:
+        assert (tmp_path / f"{run.name}.ipynb").exists()
+        assert (tmp_path / f"{run.name}.html").exists()
+    record = json.loads((tmp_path / "02_fix_precision" / "reference" / "record.json").read_text())
+    assert record["complete"] is True
+    assert not list(tmp_path.glob("*.partial"))
+
+
+@pytest.mark.notebook
+def test_a_failed_notebook_leaves_nothing_that_looks_done(tmp_path):
+    (run,) = run_demo(tmp_path, parameters=SMALL | {"dtype": "float17"}, notebooks=NOTEBOOKS[:1])
+    assert not run.is_good
+    assert "float17" in run.error
+    assert not (tmp_path / "01_diagnose_black_images").exists()
+    assert not (tmp_path / "01_diagnose_black_images.ipynb").exists()
+    assert (tmp_path / "01_diagnose_black_images.failed.ipynb").exists()
+    assert "float17" in (tmp_path / "index.html").read_text()
