@@ -98,7 +98,7 @@ def find_image_files(paths):
     """Returns the files to check, each once: those named, and the images in the folders named.
 
     Raises:
-        typer.Exit: A path is missing, or there is nothing to check.
+        typer.Exit: There is nothing to check in a folder.
     """
     files = {}
     for path in paths:
@@ -107,10 +107,8 @@ def find_image_files(paths):
             if not found:
                 _fail(f"{path}: no image in this folder. Expected {', '.join(IMAGE_ENDINGS)}.")
             files.update(dict.fromkeys(found))
-        elif os.path.lexists(path):
-            files[path] = None
         else:
-            _fail(f"{path}: no such file or folder. Check the path.")
+            files[path] = None  # a missing one gets its verdict in its line, beside the others
     return list(files)
 
 

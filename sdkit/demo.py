@@ -39,7 +39,8 @@ class NotebookRun:
     @property
     def is_good(self) -> bool:
         """Whether it ran through and every verdict came out as the story tells it."""
-        return self.error is None and all(verdict["as_expected"] for verdict in self.verdicts)
+        told = self.error is None and bool(self.verdicts)
+        return told and all(verdict["as_expected"] for verdict in self.verdicts)
 
 
 def find_notebooks(folder: Path = NOTEBOOKS_FOLDER) -> list[Path]:
@@ -98,8 +99,7 @@ def run_notebook(path: Path, output_folder: Path, parameters: dict) -> NotebookR
         error = "the kernel died, as it does when memory runs out"
     os.replace(partial, failed if error else executed)
     if error is None:
-        page, _ = HTMLExporter(template_name="lab").from_filename(str(executed))
-        executed.with_suffix(".html").write_text(page, encoding="utf-8")
+        export_html(executed, output_folder / name / "figures")
     verdicts_path = output_folder / name / VERDICTS_NAME
     verdicts = (
         json.loads(verdicts_path.read_text("utf-8"))
@@ -107,6 +107,21 @@ def run_notebook(path: Path, output_folder: Path, parameters: dict) -> NotebookR
         else []
     )
     return NotebookRun(name, time.perf_counter() - started, error, tuple(verdicts))
+
+
+def export_html(executed: Path, figures_folder: Path) -> Path:
+    """Writes the notebook as one self-contained page, its reference figure the run's own."""
+    page, _ = HTMLExporter(template_name="lab").from_filename(str(executed))
+    for figure in figures_folder.glob("*.png"):
+        page = page.replace(f"../figures/{figure.name}", embed(figure))
+    path = executed.with_suffix(".html")
+    with replace_file(path) as temporary:
+        temporary.write_text(page, encoding="utf-8")
+    return path
+
+
+def embed(figure: Path) -> str:
+    return f"data:image/png;base64,{base64.b64encode(figure.read_bytes()).decode()}"
 
 
 def format_table(runs: list[NotebookRun]) -> str:
@@ -122,7 +137,9 @@ def format_table(runs: list[NotebookRun]) -> str:
         for verdict in run.verdicts
     ]
     rows += [
-        (run.name[:2], "did not run through", run.error, "  FAILED") for run in runs if run.error
+        (run.name[:2], "did it run through?", run.error or "it wrote no verdicts", "  FAILED")
+        for run in runs
+        if run.error or not run.verdicts
     ]
     width = max((len(question) for _, question, _, _ in rows), default=0)
     return "\n".join(
@@ -151,8 +168,7 @@ def section_of(run: NotebookRun, output_folder: Path) -> str:
         for v in run.verdicts
     )
     figures = "".join(
-        f'<img alt="{html.escape(figure.stem.replace("_", " "))}" src="data:image/png;base64,'
-        f'{base64.b64encode(figure.read_bytes()).decode()}">'
+        f'<img alt="{html.escape(figure.stem.replace("_", " "))}" src="{embed(figure)}">'
         for figure in sorted((output_folder / run.name / "figures").glob("*.png"))
     )
     return (

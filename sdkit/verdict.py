@@ -180,17 +180,17 @@ def _judge_pixels(array):
             f"{found['maximum']:.4g}); for values in [0, 255] divide by 255 or hand over uint8",
             **found,
         )
-    pixels = _visible_pixels(array)
-    if not (pixels == pixels[0, 0]).all():
+    pixels = _visible_pixels(array)  # (N, C)
+    if not len(pixels):
+        return _bad("transparent", f"all {total} values are invisible (alpha is 0)", **found)
+    if not (pixels == pixels[0]).all():
         message = f"valid, range [{found['minimum']:.4g}, {found['maximum']:.4g}]"
         return ImageVerdict(valid=True, problem=None, message=message, **found)
-    colour = pixels[0, 0].tolist()
-    if len(colour) == 4 and colour[3] == 0:
-        return _bad("transparent", f"all {total} values are invisible (alpha is 0)", **found)
+    colour = pixels[0].tolist()
     if max(colour[:3]) == 0:
         return _bad(
             "all-black",
-            f"all {total // pixels.shape[2]} pixels are black (0 in 8 bits); expected a picture: "
+            f"all {total // array.shape[2]} pixels are black (0 in 8 bits); expected a picture: "
             "check the floats before the cast to uint8 for NaN",
             **found,
         )
@@ -209,12 +209,12 @@ def _extremes(array):
 
 
 def _visible_pixels(array):
-    """The 8-bit pixels that an image file would hold; what alpha 0 hides is set to 0."""
+    """The 8-bit colours (N, C) that an image file would show: without alpha and what it hides."""
     if array.dtype.kind == "f":
         array = (array.astype(np.float32).clip(0, 1) * 255).round().astype(np.uint8)
     if array.shape[2] == 4:
-        array = array * (array[:, :, 3:] > 0)
-    return array
+        return array[array[:, :, 3] > 0][:, :3]
+    return array.reshape(-1, array.shape[2])
 
 
 def _judge_pil(image):

@@ -70,7 +70,6 @@ def test_json(images):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["missing.png"], "missing.png: no such file or folder"),
         (["bare"], "bare: no image in this folder"),
         ([], "Missing argument"),
         (["--jsn", "x"], "No such option"),
@@ -82,6 +81,13 @@ def test_what_cannot_be_carried_out_exits_with_2(tmp_path, monkeypatch, argument
     result = run("check", *arguments)
     assert result.exit_code == 2 and message in result.stderr and "Traceback" not in result.output
     assert result.stdout == ""
+
+
+def test_a_missing_file_is_a_bad_line_beside_the_others(images):
+    result = run("check", images / "good.png", images / "no.png", images / "below" / "black.png")
+    assert result.exit_code == 1
+    words = [line.split()[0] for line in result.stdout.splitlines()]
+    assert words == ["ok", "missing", "all-black", "3"]
 
 
 def test_names_that_no_encoding_knows_and_links_to_nowhere(images):
@@ -107,3 +113,11 @@ def test_help_and_check_do_not_wait_for_torch():
         [sys.executable, "-c", code], capture_output=True, text=True, check=True
     )
     assert result.stdout.strip() == "['numpy']"
+
+
+def test_demo_says_in_one_line_what_it_cannot_do(tmp_path):
+    (tmp_path / "file").write_text("in the way")
+    result = run("demo", "--output", tmp_path / "file")
+    assert result.exit_code == 2
+    assert "file" in result.stderr
+    assert len(result.stderr.strip().splitlines()) == 1

@@ -215,6 +215,19 @@ def test_mixed_dtypes_work_for_sdxl(tiny_xl_folder, mix):
     }
 
 
+def test_sdxls_own_upcast_of_a_float16_vae_stays_on(tiny_xl_folder):
+    """SDXL's VAE overflows in float16: its pipelines lift it while force_upcast is true."""
+    pipe, _ = load(tiny_xl_folder, dtype={"text_encoder": "float32", "default": "float16"})
+    seen = []
+    hook = pipe.vae.decoder.register_forward_pre_hook(lambda m, args: seen.append(args[0].dtype))
+    for force_upcast in (True, False):
+        pipe.vae.register_to_config(force_upcast=force_upcast)
+        draw(pipe)
+    hook.remove()
+    assert seen == [torch.float32, torch.float16]
+    assert pipe.vae.dtype is torch.float16
+
+
 def test_sizes_that_sdxl_embeds_reach_a_float16_unet_unrounded(tiny_xl_folder):
     pipe, _ = load(tiny_xl_folder, dtype={"unet": "float16", "default": "float32"})
     seen = []

@@ -173,6 +173,7 @@ def test_the_whole_recipe_runs_and_is_not_repeated(tmp_path):
         images=24,
         classifier_steps=1,
         vae_steps=1,
+        decoder_steps=1,
         vae_batch_size=2,
         unet_steps=1,
         unet_batch_size=2,
@@ -184,7 +185,7 @@ def test_the_whole_recipe_runs_and_is_not_repeated(tmp_path):
     }
     build(recipe, **arguments)
     StableDiffusionPipeline.from_pretrained(tmp_path / "model")
-    stages = ["images.npy", "vae.pt", "latents.safetensors", "unet.pt"]
+    stages = ["images.npy", "vae.pt", "decoder.pt", "latents.safetensors", "unet.pt"]
     before = [(tmp_path / "work" / name).stat().st_mtime_ns for name in stages]
     build(recipe, **arguments)
     assert [(tmp_path / "work" / name).stat().st_mtime_ns for name in stages] == before

@@ -113,11 +113,14 @@ def test_of_a_batch_the_bad_image_is_named():
     assert verdict.message.startswith("image 1 of 2")
 
 
-def test_a_picture_that_is_all_in_its_alpha_is_not_black():
-    logo = np.zeros((16, 16, 4), np.uint8)
-    logo[4:8, 4:8, 3] = 255
-    assert judge_image(logo).valid
-    hidden = logo.copy()
+def test_what_alpha_hides_does_not_count():
+    black = np.zeros((16, 16, 4), np.uint8)
+    black[4:8, 4:8, 3] = 255
+    black[:4, :, :3] = 200
+    assert judge_image(black).problem == "all-black"
+    black[5, 5, :3] = 200
+    assert judge_image(black).valid
+    hidden = black.copy()
     hidden[..., :3] = np.random.default_rng(0).integers(0, 255, (16, 16, 3))
     hidden[..., 3] = 0
     assert judge_image(hidden).problem == "transparent"

@@ -41,7 +41,7 @@ class ImageRun:
         raises: Whether the first bad image ends the run.
         record: What is known before the first image.
         images: The ImageRecord of each image so far.
-        seconds: Seconds an image, of each pipeline call so far.
+        seconds: (seconds, images) of each pipeline call so far.
     """
 
     pipe: object
@@ -68,7 +68,7 @@ class ImageRun:
             unfinished = self._describe_unfinished(indices, error.finding)
             self.images += unfinished
             raise self._failure(unfinished[0]) from error
-        self.seconds.append((self._read_clock() - started) / len(indices))
+        self.seconds.append((self._read_clock() - started, len(indices)))
         images = self._judge(indices, output, report)
         for image in images:
             self.images.append(self._save_image(image) if image.valid else image)
@@ -90,7 +90,7 @@ class ImageRun:
     def _describe(self):
         emulated = self.record.emulated is not None
         seconds = [] if emulated else self.seconds
-        rest = seconds[1:]
+        first, rest = seconds[:1], seconds[1:]
         memory = {
             "peak_process_gib": self.meter.peak_process_gib,
             "peak_device_gib": self.meter.peak_device_gib,
@@ -100,8 +100,8 @@ class ImageRun:
             images=tuple(self.images),
             warnings=self.caught.count(),
             cast_warning=self.caught.has_cast_warning,
-            first_seconds=seconds[0] if seconds else None,
-            rest_mean_seconds=sum(rest) / len(rest) if rest else None,
+            first_seconds=_mean_seconds(first),
+            rest_mean_seconds=_mean_seconds(rest),
             memory=None if emulated else memory,
         )
 
@@ -159,7 +159,7 @@ class ImageRun:
                     problem=problem,
                     message=message,
                     finding=cause,
-                    seconds=None if self.record.emulated else self.seconds[-1],
+                    seconds=None if self.record.emulated else _mean_seconds(self.seconds[-1:]),
                     minimum=verdict.minimum,
                     maximum=verdict.maximum,
                     nan_count=verdict.nan_count,
@@ -209,6 +209,11 @@ class ImageRun:
         if image.problem in ("nan", "inf"):
             return NonFiniteError(message, image.finding)
         return ValidationError(message)
+
+
+def _mean_seconds(calls):
+    """Seconds an image over calls of (seconds, images), or None without a call."""
+    return sum(s for s, _ in calls) / sum(n for _, n in calls) if calls else None
 
 
 @contextmanager

@@ -74,7 +74,8 @@ class RunRecord:
         attention: The classes of attention processor in the UNet.
         warnings: {"category", "message", "count"} of each warning during the run, logged ones too.
         cast_warning: Whether numpy cast NaN or Inf to an integer: "invalid value encountered in
-            cast", the report's ignored sign.
+            cast", the report's ignored sign. `generate` itself never casts an invalid image, so
+            it was a safety checker or a callback.
         first_seconds: Seconds an image in the first pipeline call, which carries the warm-up.
         rest_mean_seconds: Mean seconds an image in the calls after it; None if there was none.
         memory: {"peak_process_gib", "peak_device_gib"}, or None if emulated.

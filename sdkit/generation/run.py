@@ -19,6 +19,8 @@ from sdkit.generation.request import check_number, check_pipe_kwargs, check_requ
 from sdkit.guarding import find_components
 from sdkit.validation import ValidationError
 
+EMULATED_BAR = "{desc}{percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt} (emulated: no seconds)"
+
 
 def generate(
     pipe,
@@ -164,7 +166,7 @@ def _describe_run(pipe, settings):
         error=None,
         images=(),
         settings=settings,
-        model=Path(str(pipe.config.get("_name_or_path") or "unnamed")).name,
+        model=_name_model(pipe),
         pipeline=type(pipe).__name__,
         scheduler=type(pipe.scheduler).__name__,
         device=str(pipe._execution_device),  # pipe.device says cpu while a model is offloaded
@@ -175,19 +177,30 @@ def _describe_run(pipe, settings):
         first_seconds=None,
         rest_mean_seconds=None,
         memory=None,
-        environment=plain(describe_environment()),
+        environment=plain(describe_environment(str(pipe._execution_device))),
         emulated=find_emulation(),
     )
 
 
+def _name_model(pipe):
+    """What the model is called; of a folder that diffusers read, its own name alone."""
+    path = Path(str(pipe.config.get("_name_or_path") or "unnamed"))
+    return path.name if path.is_absolute() else str(path)
+
+
 @contextmanager
 def _progress_bar(pipe, count, progress):
-    """One bar over the images; the pipeline's own bar of steps only if there is one image."""
+    """One bar over the images, or the pipeline's own over the steps of a single one."""
     own = getattr(pipe, "_progress_bar_config", None)
-    if count > 1 or not progress:
+    emulated = find_emulation() is not None
+    own_is_shown = progress and count == 1 and not emulated
+    if not own_is_shown:
         pipe.set_progress_bar_config(**{**(own or {}), "disable": True})
+    bar_format = EMULATED_BAR if emulated else None
     try:
-        with tqdm(total=count, unit="image", disable=count == 1 or not progress) as bar:
+        with tqdm(
+            total=count, unit="image", disable=own_is_shown or not progress, bar_format=bar_format
+        ) as bar:
             yield bar
     finally:
         pipe._progress_bar_config = own or {}  # where there was none, diffusers sets {} itself

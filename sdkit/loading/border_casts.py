@@ -39,7 +39,8 @@ def install_border_casts(pipe):
             undo = [
                 _cast_inputs(child).remove for child in component.children() if _dtype_of(child)
             ]
-            undo.append(_keep_dtype(component))
+            if not _is_upcast_by_pipelines(component):
+                undo.append(_keep_dtype(component))
         elif name.startswith(DENOISERS):
             undo = _cast_inputs_and_output(component)
         else:
@@ -116,6 +117,11 @@ def _dtype_of(module):
         if parameter.is_floating_point():
             sizes[parameter.dtype] = sizes.get(parameter.dtype, 0) + parameter.numel()
     return max(sizes, key=sizes.get, default=None)
+
+
+def _is_upcast_by_pipelines(vae):
+    """Whether SDXL's pipelines lift this VAE to float32 for the call themselves: let them."""
+    return _dtype_of(vae) is torch.float16 and getattr(vae.config, "force_upcast", False)
 
 
 def _keep_dtype(vae):

@@ -48,6 +48,8 @@ def choose_dtypes(device_type, *, float32_gib, available_gib, macos="", device_n
     memory = f"about {needed_gib:.1f} GiB needed as float32, {available_gib:.1f} GiB available"
     if needed_gib <= available_gib:
         return {"default": "float32"}, f"MPS: float32 is stable and fits ({memory})"
+    if needed_gib / 2 > available_gib:
+        memory += "; not even half of that fits: expect swapping, or close other programs"
     if int((macos or "0").split(".")[0]) >= 14:
         return {"default": "bfloat16", "vae": "float32"}, (
             f"MPS: float32 does not fit ({memory}); bfloat16 has its range, the VAE stays float32"

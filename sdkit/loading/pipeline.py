@@ -90,6 +90,7 @@ def load_pipeline(
         refuse_invented_weights(collected, checkpoint.asked)
         if device.type != "cpu":
             pipe.to(device)
+        pipe.register_to_config(_name_or_path=checkpoint.resolved)  # for records; no folder in it
         notices = [*checkpoint.notices, *check_components(pipe, dtypes, device)]
         check_weights(pipe, dtypes, lambda: _load_float32(checkpoint, variant))
     if attention == "diffusers-sliced":
