@@ -4,6 +4,7 @@ import json
 import subprocess
 import sys
 from contextlib import nullcontext
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -20,6 +21,7 @@ from sdkit.mini.evaluate import draw_products, evaluation_products
 from sdkit.mini.recipe import Recipe
 from sdkit.mini.training import train
 from sdkit.mini.vocabulary import every_caption
+from sdkit.validation import ValidationError
 
 PLAIN_SCRIPT = """
 import sys
@@ -49,6 +51,12 @@ def test_it_is_small_and_safe():
                 for name in weights.keys()  # noqa: SIM118 - not a mapping
             }
     assert dtypes == {"unet": {"F16"}, "vae": {"F16"}, "text_encoder": {"F32"}}
+
+
+def test_the_files_suit_transformers_4():
+    with safe_open(MODEL_FOLDER / "text_encoder" / "model.safetensors", "pt") as weights:
+        assert all(name.startswith("text_model.") for name in weights.keys())  # noqa: SIM118
+    assert {"vocab.json", "merges.txt"} <= {p.name for p in (MODEL_FOLDER / "tokenizer").iterdir()}
 
 
 def test_it_is_made_of_stable_diffusions_classes():
@@ -189,3 +197,5 @@ def test_the_whole_recipe_runs_and_is_not_repeated(tmp_path):
     before = [(tmp_path / "work" / name).stat().st_mtime_ns for name in stages]
     build(recipe, **arguments)
     assert [(tmp_path / "work" / name).stat().st_mtime_ns for name in stages] == before
+    with pytest.raises(ValidationError, match="work: its stages were made with another vae_steps"):
+        build(replace(recipe, vae_steps=2), **arguments)

@@ -107,7 +107,7 @@ def reconstruction_loss(decoded: torch.Tensor, pixels: torch.Tensor) -> torch.Te
 
 def to_pixels(images: np.ndarray) -> torch.Tensor:
     """(B, H, W, 3) uint8 to (B, 3, H, W) float32 in [-1, 1]."""
-    return torch.from_numpy(images).permute(0, 3, 1, 2).float() / 127.5 - 1
+    return torch.tensor(images).permute(0, 3, 1, 2).float() / 127.5 - 1
 
 
 @torch.no_grad()

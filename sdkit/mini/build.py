@@ -1,9 +1,11 @@
 """Builds the bundled model: `python -m sdkit.mini.build WORK_FOLDER`; again to resume."""
 
 import argparse
+import json
 import logging
 import shutil
 from concurrent.futures import ProcessPoolExecutor
+from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
@@ -20,8 +22,10 @@ from sdkit.mini.denoiser import train_denoiser
 from sdkit.mini.recipe import Recipe, make_scheduler
 from sdkit.mini.vocabulary import build_tokenizer
 from sdkit.run_folder import replace_file
+from sdkit.validation import ValidationError
 
 logger = logging.getLogger("sdkit.mini.build")
+PREFIX = "text_model."
 
 
 def build(recipe: Recipe, *, work_folder: Path, model_folder: Path, classifier_path: Path) -> Path:
@@ -38,6 +42,7 @@ def build(recipe: Recipe, *, work_folder: Path, model_folder: Path, classifier_p
     """
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     work_folder.mkdir(parents=True, exist_ok=True)
+    keep_recipe(recipe, work_folder / "recipe.json")
     tokenizer = build_tokenizer(work_folder / "tokenizer")
     images, products = render_training_images(recipe, work_folder)
     if not classifier_path.exists():
@@ -80,6 +85,24 @@ def build(recipe: Recipe, *, work_folder: Path, model_folder: Path, classifier_p
     return save_model(pipe, model_folder, tokenizer_folder=work_folder / "tokenizer")
 
 
+def keep_recipe(recipe: Recipe, path: Path) -> Path:
+    """Writes the recipe beside its stages, or refuses stages that another recipe made.
+
+    Raises:
+        ValidationError: The folder was begun with another recipe.
+    """
+    wanted = asdict(recipe)
+    if path.exists() and (found := json.loads(path.read_text())) != wanted:
+        changed = [name for name in wanted if found.get(name) != wanted[name]]
+        raise ValidationError(
+            f"{path.parent.name}: its stages were made with another {', '.join(changed)}. Expected "
+            "one recipe a folder. Build in a new folder, or take the old stages away."
+        )
+    with replace_file(path) as temporary:
+        temporary.write_text(json.dumps(wanted, indent=2) + "\n")
+    return path
+
+
 def render_training_images(recipe: Recipe, folder: Path) -> tuple[np.ndarray, list[Product]]:
     """Renders the training set once, on all cores, into a memory-mapped file.
 
@@ -120,8 +143,20 @@ def measure_scaling_factor(latents: torch.Tensor, products: list[Product]) -> fl
 
 
 def save_model(pipe: StableDiffusionPipeline, folder: Path, *, tokenizer_folder: Path) -> Path:
-    """Writes the pipeline; its vocabulary files serve transformers 4 and 5 alike."""
+    """Writes the pipeline in the layout that transformers 4 and 5 both read.
+
+    transformers 5 writes the text encoder's weights without the prefix that SD 1.5's own file has
+    and 4 needs (it would warn and go on with random ones), and no vocabulary files.
+    `test_the_files_suit_transformers_4` in tests/test_mini.py guards it.
+    """
     pipe.save_pretrained(folder, safe_serialization=True)
+    weights_path = folder / "text_encoder" / "model.safetensors"
+    weights = load_file(weights_path)
+    with replace_file(weights_path) as temporary:
+        prefixed = {
+            f"{PREFIX}{name.removeprefix(PREFIX)}": value for name, value in weights.items()
+        }
+        save_file(prefixed, temporary, metadata={"format": "pt"})
     for name in ("vocab.json", "merges.txt", "tokenizer_config.json"):
         shutil.copyfile(tokenizer_folder / name, folder / "tokenizer" / name)
     return folder
