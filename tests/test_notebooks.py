@@ -57,6 +57,16 @@ def test_demo_runs_the_notebooks_and_tells_the_story(tmp_path):
 
 
 @pytest.mark.notebook
+@pytest.mark.parametrize("choice", [{"attention": "sdpa"}, {"dtype": "float32"}], ids=str)
+def test_other_documented_choices_run_through_too(tmp_path, choice):
+    one_prompt = {"num_inference_steps": 2, "image_size": 64, "prompts": ["red boots on grass"]}
+    runs = run_demo(tmp_path, parameters=one_prompt | choice)
+    assert [run.error for run in runs] == [None, None]
+    assert all(run.is_good for run in runs)
+    assert "0 of 1 pictures are bad" in format_table(runs)
+
+
+@pytest.mark.notebook
 def test_a_failed_notebook_leaves_nothing_that_looks_done(tmp_path):
     (run,) = run_demo(tmp_path, parameters=SMALL | {"dtype": "float17"}, notebooks=NOTEBOOKS[:1])
     assert not run.is_good

@@ -8,7 +8,6 @@ import inspect
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from diffusers import AutoPipelineForImage2Image
 from tqdm.auto import tqdm
 
 from sdkit.device import describe_environment
@@ -137,6 +136,8 @@ def _choose_pipeline(pipe, image):
             f"image: {type(pipe).__name__} starts from an image, expected image=. "
             "Hand over a text-to-image pipeline to start from noise."
         )
+    from diffusers import AutoPipelineForImage2Image  # imports every pipeline, with their notices
+
     try:
         return AutoPipelineForImage2Image.from_pipe(pipe)
     except ValueError as error:

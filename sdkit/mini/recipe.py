@@ -37,7 +37,7 @@ class Recipe:
     vae_learning_rate: float = 1.5e-3
     decoder_steps: int = 1_200
     decoder_learning_rate: float = 6e-4
-    unet_steps: int = 5_200
+    unet_steps: int = 4_300
     unet_batch_size: int = 32
     unet_learning_rate: float = 1e-3
     caption_dropout: float = 0.1
