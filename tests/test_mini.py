@@ -127,7 +127,8 @@ def test_it_draws_what_is_asked():
     }
     assert right["kind"] >= 0.9
     assert right["background"] >= 0.9
-    # Of 12, by the binomial: chance (1 in 8) gives 6 in 0.2 % of runs, 88 % right gives 5 in 0.01 %.
+    # Of 12, by the binomial: chance (1 in 8) reaches 6 in 0.2 % of runs, and a model that is
+    # right in 88 % stays below it in 0.02 %.
     assert right["colour"] >= 0.5
     assert {product.background for product in products} == set(BASE_BACKGROUNDS)
 
