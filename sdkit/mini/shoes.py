@@ -156,18 +156,13 @@ def paint_shoe(image, kind, colour, leather, rng, *, clean=False) -> float:
     paint_shadow(image, place, size_pixels, clean)
     lay(image, fill(pattern.lining), colour * 0.45)
     sole = fill(*pattern.sole)
-    lay(image, sole, np.array(pattern.sole_colour)[None, None] * (0.86 + 1.6 * v[..., None]))
+    lay(image, sole, np.array(pattern.sole_colour) * (0.86 + 1.6 * v[..., None]))
     upper = fill(pattern.upper)
     lay(image, upper, light_upper(colour, u, v, pattern, leather))
-    inside = upper[..., None] > 0.5
-    for paths, tone in ((pattern.panels, 0.78), (pattern.trims, contrast(colour))):
+    inside = upper > 0.5
+    for paths, tone in ((pattern.panels, colour * 0.78), (pattern.trims, contrast(colour))):
         if paths:
-            lay(
-                image,
-                fill(*paths) * inside[..., 0],
-                colour * 0 + tone * colour if np.isscalar(tone) else tone,
-                0.72,
-            )
+            lay(image, fill(*paths) * inside, tone, 0.72)
     if pattern.seams:
         seam = (0.75 * colour + 0.25) if not leather else colour * 0.5
         lay(image, stroke(pattern.seams, 0.013), seam, 0.85)
@@ -231,16 +226,16 @@ def light_upper(colour, u, v, pattern, leather):
 
 def contrast(colour):
     """A trim that is seen on any colour: cream on dark shoes, a greyer tone on pale ones."""
-    brightness = float(np.dot(colour, (0.299, 0.587, 0.114)))
-    return np.array(CREAM) if brightness < 0.6 else colour * 0.62
+    return np.array(CREAM) if brightness(colour) < 0.6 else colour * 0.62
 
 
 def lace_colour(colour):
-    return (
-        np.array(CREAM)
-        if float(np.dot(colour, (0.299, 0.587, 0.114))) < 0.75
-        else np.array((0.30, 0.30, 0.32))
-    )
+    return np.array(CREAM if brightness(colour) < 0.75 else (0.30, 0.30, 0.32))
+
+
+def brightness(colour) -> float:
+    """Luma of an sRGB colour (ITU-R BT.601)."""
+    return float(np.dot(colour, (0.299, 0.587, 0.114)))
 
 
 def paint_shadow(image, place, size_pixels, clean):
