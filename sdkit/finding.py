@@ -85,6 +85,21 @@ class Finding:
         return set(self.rows) <= {row for cause in causes for row in cause.rows}
 
 
+@dataclass(frozen=True)
+class ComponentCall:
+    """One call of a component, so that it can be made again.
+
+    Attributes:
+        component: As in `Finding`: "unet", "text_encoder_2", "vae.decode".
+        args: Positional arguments, the very objects.
+        kwargs: Keyword arguments, the very objects.
+    """
+
+    component: str
+    args: tuple
+    kwargs: dict
+
+
 class NonFiniteError(ValidationError):
     """A NaN or an Inf where none may be; `finding` says where."""
 
@@ -101,10 +116,12 @@ class GuardReport:
     Attributes:
         findings: In the order in which they arose; empty if all was finite.
         calls: Number of judged calls by component. Without calls nothing was looked at.
+        bad_call: The call of the first finding, with what it was given, for a replay; else None.
     """
 
     findings: list[Finding] = field(default_factory=list)
     calls: dict[str, int] = field(default_factory=dict)
+    bad_call: ComponentCall | None = None
 
     def __iter__(self):
         """Iterates over the findings."""

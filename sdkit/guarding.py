@@ -17,7 +17,14 @@ from types import MethodType
 
 import torch
 
-from sdkit.finding import Finding, GuardReport, NonFiniteError, describe_bad, find_tensors
+from sdkit.finding import (
+    ComponentCall,
+    Finding,
+    GuardReport,
+    NonFiniteError,
+    describe_bad,
+    find_tensors,
+)
 from sdkit.validation import ValidationError, is_finite
 
 # The first parameters of UNet2DConditionModel.forward; pipelines pass all others by name.
@@ -142,13 +149,15 @@ class _Watch:
     def after_text_encoder(self, name, args, kwargs, output):
         if self.position is not None:  # it has denoised since: the next pipeline call begins
             self._begin_run()
-        self._judge("text_encoder", name, {}, output)
+        self._judge("text_encoder", ComponentCall(name, args, kwargs), {}, output)
 
     def after_encode(self, inputs, output):
-        self._judge("vae", "vae.encode", {"image": (("image", None, None), inputs)}, output)
+        call = ComponentCall("vae.encode", *inputs)
+        self._judge("vae", call, {"image": (("image", None, None), inputs)}, output)
 
     def after_decode(self, inputs, output):
-        self._judge("vae", "vae.decode", {"latents": (self._latents_origin(), inputs)}, output)
+        call = ComponentCall("vae.decode", *inputs)
+        self._judge("vae", call, {"latents": (self._latents_origin(), inputs)}, output)
 
     def after_denoiser(self, name, args, kwargs, output):
         arguments = {**dict(zip(UNET_ARGUMENTS, args, strict=False)), **kwargs}
@@ -162,7 +171,7 @@ class _Watch:
             if "mask" not in argument:  # -inf is how a mask says no
                 origin = latents_origin if meaning == "latents" else (meaning, *now)
                 incoming[argument] = (origin, value)
-        self._judge("unet", name, incoming, output, *now)
+        self._judge("unet", ComponentCall(name, args, kwargs), incoming, output, *now)
 
     def _latents_origin(self):
         """(stage, step, timestep) of what made the latents that a component is given now."""
@@ -187,8 +196,9 @@ class _Watch:
         self.position, self.timestep = position, timestep
         return is_new
 
-    def _judge(self, stage, component, incoming, output, step=None, timestep=None):
+    def _judge(self, stage, call, incoming, output, step=None, timestep=None):
         """Looks at one call: what it was fed, {argument: (origin, value)}, and what it made."""
+        component = call.component
         self.report.calls[component] = self.report.calls.get(component, 0) + 1
         fed = [
             describe_bad(tensor, *origin, component, argument)
@@ -197,7 +207,7 @@ class _Watch:
             if not is_finite(tensor)
         ]
         if fed and len(self.report) == self.findings_before:
-            self._report(fed[0])
+            self._report(fed[0], call)
         bad_output = next((t for t in find_tensors(output) if not is_finite(t)), None)
         if bad_output is None:
             return
@@ -206,10 +216,11 @@ class _Watch:
         dtype = getattr(getattr(self.pipe, component.partition(".")[0]), "dtype", made.dtype)
         made = replace(made, dtype=str(dtype).removeprefix("torch."))
         if not fed or not made.follows_from(fed):
-            self._report(made)
+            self._report(made, call)
 
-    def _report(self, finding):
+    def _report(self, finding, call):
         self.report.findings.append(finding)
+        self.report.bad_call = self.report.bad_call or call
         if self.raises:
             raise NonFiniteError(finding.message, finding)
 
