@@ -13,9 +13,8 @@ from diffusers import (
     EulerDiscreteScheduler,
     HeunDiscreteScheduler,
     StableDiffusionImg2ImgPipeline,
-    StableDiffusionXLPipeline,
 )
-from transformers import CLIPTextConfig, CLIPTextModelWithProjection
+from tiny_pipelines import build_tiny_xl_pipe
 
 from sdkit.finding import NonFiniteError
 from sdkit.guarding import guard
@@ -347,26 +346,8 @@ def test_compiled_in_place(tiny_pipe):
 
 
 @pytest.fixture
-def tiny_xl_pipe(tiny_pipe):
-    """Two text encoders, the second with hidden states and a pooled embedding."""
-    from diffusers import UNet2DConditionModel
-
-    torch.manual_seed(0)
-    config = CLIPTextConfig(**{**tiny_pipe.text_encoder.config.to_dict(), "projection_dim": 32})
-    unet = UNet2DConditionModel(
-        sample_size=8, block_out_channels=(32, 64), layers_per_block=1,
-        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
-        up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"), norm_num_groups=8,
-        cross_attention_dim=64, attention_head_dim=2, addition_embed_type="text_time",
-        addition_time_embed_dim=8, projection_class_embeddings_input_dim=6 * 8 + 32,
-    )  # fmt: skip
-    pipe = StableDiffusionXLPipeline(
-        vae=tiny_pipe.vae, text_encoder=tiny_pipe.text_encoder, tokenizer=tiny_pipe.tokenizer,
-        text_encoder_2=CLIPTextModelWithProjection(config), tokenizer_2=tiny_pipe.tokenizer,
-        unet=unet, scheduler=tiny_pipe.scheduler, add_watermarker=False,
-    )  # fmt: skip
-    pipe.set_progress_bar_config(disable=True)
-    return pipe
+def tiny_xl_pipe(tokenizer_folder):
+    return build_tiny_xl_pipe(tokenizer_folder)
 
 
 def test_xl_hidden_states_and_pooled_embeddings(tiny_xl_pipe):
