@@ -1,13 +1,12 @@
 """Seconds an image on the bundled model in float32: `generate` beside the plain pipeline call."""
 
-import time
-
 import torch
+from pairs import measure_pairs, summarize
 
 from sdkit import generate, load_pipeline
 
 PROMPT = "A professional product photo of black casual shoes on a grey background"
-REPEATS = 4
+PAIRS = 5
 
 
 def measure() -> list[dict]:
@@ -21,24 +20,13 @@ def measure() -> list[dict]:
     def ours():
         generate(pipe, PROMPT, num_inference_steps=25, progress=False)
 
-    seconds = {plain: [], ours: []}
-    for call in (plain, ours) * (REPEATS + 1):
-        started = time.perf_counter()
-        call()
-        seconds[call].append(time.perf_counter() - started)
-    plain_seconds, our_seconds = (min(seconds[call][1:]) for call in (plain, ours))
     return [
         {
             "benchmark": "one image",
             "case": f"mini, 25 steps, float32, {report.device}",
             "baseline": "plain pipeline call",
-            "baseline_seconds": plain_seconds,
             "ours": "generate",
-            "ours_seconds": our_seconds,
-            "ratio": our_seconds / plain_seconds,
+            **summarize(measure_pairs(plain, ours, pairs=PAIRS)),
+            "limit": "",
         }
     ]
-
-
-if __name__ == "__main__":
-    print(*measure(), sep="\n")
