@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from diffusers import StableDiffusionPipeline
 from PIL import Image
+from skimage.metrics import peak_signal_noise_ratio
 from tqdm.auto import tqdm
 
 from sdkit.mini import MODEL_FOLDER
@@ -64,7 +65,8 @@ def measure_psnr(vae, *, count: int, seed: int) -> float:
     ):
         pixels = torch.from_numpy(np.array(image)).permute(2, 0, 1)[None].float() / 255
         decoded = vae.decode(vae.encode(pixels * 2 - 1).latent_dist.mode()).sample / 2 + 0.5
-        values.append(-10 * (decoded.clamp(0, 1) - pixels).square().mean().log10().item())
+        pair = (pixels.numpy(), decoded.clamp(0, 1).numpy())
+        values.append(peak_signal_noise_ratio(*pair, data_range=1))
     return float(np.mean(values))
 
 
