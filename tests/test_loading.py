@@ -12,20 +12,13 @@ import numpy as np
 import pytest
 import torch
 from diffusers import (
-    AutoencoderKL,
     EulerDiscreteScheduler,
     StableDiffusionImg2ImgPipeline,
     StableDiffusionXLImg2ImgPipeline,
-    StableDiffusionXLPipeline,
     UNet2DConditionModel,
 )
 from safetensors.torch import load_file, save_file
-from transformers import (
-    CLIPTextConfig,
-    CLIPTextModel,
-    CLIPTextModelWithProjection,
-    CLIPTokenizer,
-)
+from tiny_pipelines import build_tiny_xl_pipe
 
 from sdkit.loading import LoadReport, load_pipeline
 from sdkit.loading.border_casts import install_border_casts, remove_border_casts
@@ -164,30 +157,8 @@ def test_border_casts_keep_the_dtype_of_a_vae(tiny_folder):
 
 @pytest.fixture(scope="module")
 def tiny_xl_folder(tokenizer_folder, tmp_path_factory):
-    torch.manual_seed(0)
-    tokenizer = CLIPTokenizer.from_pretrained(tokenizer_folder, model_max_length=77)
-    text_config = CLIPTextConfig(
-        vocab_size=len(tokenizer), hidden_size=32, intermediate_size=64, projection_dim=32,
-        num_hidden_layers=2, num_attention_heads=2, max_position_embeddings=77,
-        bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id,
-    )  # fmt: skip
-    unet = UNet2DConditionModel(
-        sample_size=8, block_out_channels=(32, 64), layers_per_block=1, norm_num_groups=8,
-        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
-        up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"), cross_attention_dim=64,
-        attention_head_dim=(2, 4), use_linear_projection=True, addition_embed_type="text_time",
-        addition_time_embed_dim=8, projection_class_embeddings_input_dim=8 * 6 + 32,
-    )  # fmt: skip
-    vae = AutoencoderKL(
-        block_out_channels=(16, 16, 32, 32), down_block_types=("DownEncoderBlock2D",) * 4,
-        up_block_types=("UpDecoderBlock2D",) * 4, latent_channels=4, norm_num_groups=8,
-        sample_size=64, force_upcast=True,
-    )  # fmt: skip
-    pipe = StableDiffusionXLPipeline(
-        vae=vae, unet=unet, scheduler=EulerDiscreteScheduler(),
-        text_encoder=CLIPTextModel(text_config), tokenizer=tokenizer,
-        text_encoder_2=CLIPTextModelWithProjection(text_config), tokenizer_2=tokenizer,
-    )  # fmt: skip
+    pipe = build_tiny_xl_pipe(tokenizer_folder)
+    pipe.scheduler = EulerDiscreteScheduler()  # SDXL's own
     folder = tmp_path_factory.mktemp("models") / "tiny_xl"
     pipe.save_pretrained(folder)
     return folder
