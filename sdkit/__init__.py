@@ -19,6 +19,8 @@ EXPORTS = {
     "validate_image_array": "sdkit.validation",
     "ValidationError": "sdkit.validation",
     "describe_environment": "sdkit.device",
+    "diagnose": "sdkit.diagnosis",
+    "Diagnosis": "sdkit.diagnosis",
 }
 __all__ = [*EXPORTS, "__version__"]
 

@@ -4,7 +4,11 @@ from contextlib import contextmanager
 from functools import cache
 
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode, _get_current_dispatch_mode_stack
+from torch.utils._python_dispatch import (
+    TorchDispatchMode,
+    _disable_current_modes,
+    _get_current_dispatch_mode_stack,
+)
 
 
 class EmulationWarning(UserWarning):
@@ -67,3 +71,10 @@ def active() -> str | None:
     """
     emulations = find_emulations()
     return emulations[-1].description if emulations else None
+
+
+@contextmanager
+def suspended():
+    """Run the body outside every emulation and every other mode: a judge must not be emulated."""
+    with _disable_current_modes(), torch._C.DisableTorchFunction():
+        yield

@@ -97,16 +97,20 @@ def _cast_call(args, kwargs, dtype):
 
 
 def _cast(value, dtype):
-    """The same value, the floating tensors within it in another dtype."""
+    return map_floats(value, lambda tensor: tensor.to(dtype))
+
+
+def map_floats(value, change):
+    """The same value, the floating tensors within it changed, however it is nested."""
     if isinstance(value, torch.Tensor):
-        return value.to(dtype) if value.is_floating_point() else value
+        return change(value) if value.is_floating_point() else value
     if isinstance(value, dict):  # diffusers' outputs are dicts that are built from keywords
         items = value.items()
         return type(value)(
-            **{key: v if key in KEPT_AS_THEY_ARE else _cast(v, dtype) for key, v in items}
+            **{key: v if key in KEPT_AS_THEY_ARE else map_floats(v, change) for key, v in items}
         )
     if type(value) in (list, tuple):
-        return type(value)(_cast(v, dtype) for v in value)
+        return type(value)(map_floats(v, change) for v in value)
     return value
 
 

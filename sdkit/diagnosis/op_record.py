@@ -1,0 +1,153 @@
+"""What is kept of one op: where it ran, what it was given, what it made; plain data and JSON."""
+
+from dataclasses import dataclass, field
+
+import torch
+
+
+@dataclass(frozen=True)
+class TensorSummary:
+    """One tensor that an op was given or made.
+
+    Attributes:
+        name: The argument's name in torch's schema of the op, or "output", "output[1]".
+        shape: Such as (2, 4, 16, 16).
+        stride: In elements.
+        dtype: Such as "float16".
+        device: Such as "mps".
+        minimum: Least finite value, None without one.
+        maximum: Greatest finite value, None without one.
+        nan_count: Number of NaN values.
+        inf_count: Number of infinite values.
+        note: "weight unet.conv_in.weight", "uninitialised memory (aten.empty.memory_format)",
+            "ignored by contract", or "".
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    stride: tuple[int, ...]
+    dtype: str
+    device: str
+    minimum: float | None
+    maximum: float | None
+    nan_count: int
+    inf_count: int
+    note: str = ""
+
+    @property
+    def largest(self) -> float:
+        """Greatest finite magnitude, 0 without one."""
+        return max(abs(self.minimum or 0.0), abs(self.maximum or 0.0))
+
+    def __str__(self):
+        """One line."""
+        shape = "x".join(map(str, self.shape)) or "scalar"
+        span = "" if self.minimum is None else f", {self.minimum:.4g} to {self.maximum:.4g}"
+        bad = [f"{self.nan_count} NaN"] * bool(self.nan_count)
+        bad += [f"{self.inf_count} Inf"] * bool(self.inf_count)
+        counts = ", " + " and ".join(bad) if bad else ""
+        note = f" ({self.note})" if self.note else ""
+        return f"{self.name}: {self.dtype} {shape}{span}{counts}{note}"
+
+
+@dataclass(frozen=True)
+class OpCall:
+    """The op itself with its arguments as they were before it ran, so that it can run again.
+
+    Attributes:
+        func: The aten overload.
+        args: Positional arguments; what the op writes and reads is a copy from before.
+        kwargs: Keyword arguments, `out=` among them.
+        output: What it returned, tensors only, in order.
+        ignored: Names of arguments that the op by contract does not read.
+        undefined: Names of arguments that nobody has written yet.
+    """
+
+    func: object
+    args: tuple
+    kwargs: dict
+    output: tuple[torch.Tensor, ...]
+    ignored: tuple[str, ...] = ()
+    undefined: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class BadOp:
+    """The first op of a call with finite inputs and a non-finite output, or with bad weights.
+
+    Attributes:
+        op: The overload, "aten.baddbmm.default".
+        module: Dotted path from the pipeline of the module that ran it.
+        source: "attention_processor.py:690 in get_attention_scores", the innermost line outside
+            torch and sdkit; None where there is none.
+        source_line: The text of that line.
+        inputs: Summaries of the tensors it was given.
+        outputs: Summaries of the tensors it made.
+        options: Its other arguments, {name: text}.
+        before: The ops that ran before it, oldest first, "unet.conv_in: aten.convolution.default".
+        bad_weights: Names of parameters and buffers with NaN or Inf among its inputs.
+        inherited: Names of arguments that were bad already and that no op of this call had made.
+        swallowed_by: Where the NaN was lost again, if it was: "vae.decoder: aten.clamp.default".
+        call: For running it again; not in the JSON.
+    """
+
+    op: str
+    module: str
+    source: str | None
+    source_line: str | None
+    inputs: tuple[TensorSummary, ...]
+    outputs: tuple[TensorSummary, ...]
+    options: dict[str, str]
+    before: tuple[str, ...]
+    bad_weights: tuple[str, ...] = ()
+    inherited: tuple[str, ...] = ()
+    swallowed_by: str | None = None
+    call: OpCall | None = field(default=None, repr=False, compare=False)
+
+    def to_dict(self) -> dict:
+        """Everything but the live tensors, as JSON types."""
+        kept = {name: value for name, value in vars(self).items() if name != "call"}
+        for name in ("inputs", "outputs"):
+            kept[name] = [vars(summary) | {"note": summary.note} for summary in kept[name]]
+        return kept
+
+    def __str__(self):
+        """A few lines: where, what went in, what came out."""
+        lines = [f"{self.module}: {self.op}"]
+        if self.source:
+            lines.append(f"  at {self.source}: {self.source_line}")
+        lines += [f"  in   {summary}" for summary in self.inputs]
+        lines += [f"       {name} = {value}" for name, value in self.options.items()]
+        lines += [f"  out  {summary}" for summary in self.outputs]
+        if self.swallowed_by:
+            lines.append(f"  lost again in {self.swallowed_by}")
+        return "\n".join(lines)
+
+
+def summarize(name: str, tensor: torch.Tensor, note: str = "") -> TensorSummary:
+    """Counts and extremes of a tensor, judged on a float64 copy on the CPU.
+
+    A device whose own clamp or max hides NaN cannot judge itself.
+    """
+    values = tensor.detach().cpu()
+    nan_count = inf_count = 0
+    minimum = maximum = None
+    if values.is_floating_point():
+        values = values.double()
+        nan_count, inf_count = int(values.isnan().sum()), int(values.isinf().sum())
+        values = values[values.isfinite()] if nan_count or inf_count else values
+    if values.numel() and not values.is_complex():
+        values = values.double() if values.dtype is torch.bool else values
+        minimum, maximum = (float(value) for value in values.aminmax())
+    return TensorSummary(
+        name=name,
+        shape=tuple(tensor.shape),
+        stride=tuple(tensor.stride()),
+        dtype=str(tensor.dtype).removeprefix("torch."),
+        device=tensor.device.type,
+        minimum=minimum,
+        maximum=maximum,
+        nan_count=nan_count,
+        inf_count=inf_count,
+        note=note,
+    )
