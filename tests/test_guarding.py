@@ -161,6 +161,25 @@ def test_bad_prompt_embeds_from_the_caller(tiny_pipe):
     assert (finding.stage, finding.step, finding.rows) == ("prompt_embeds", 0, (0,))
 
 
+def test_a_mask_may_say_no_with_minus_infinity(tiny_pipe):
+    """Its words are then left out; an Inf anywhere else is a finding."""
+    unmasked = run(tiny_pipe)
+    given = {"encoder_attention_mask": torch.ones(2, 77)}
+    given["encoder_attention_mask"][:, 5:] = -float("inf")
+
+    def add(module, args, kwargs):
+        return args, kwargs | given
+
+    tiny_pipe.unet.register_forward_pre_hook(add, with_kwargs=True)
+    with guard(tiny_pipe) as report:
+        masked = run(tiny_pipe)
+    assert len(report) == 0 and np.isfinite(masked).all()
+    assert not np.array_equal(masked, unmasked)
+    given["mid_block_additional_residual"] = torch.full((2, 64, 4, 4), -float("inf"))
+    finding = find(tiny_pipe)
+    assert (finding.stage, finding.tensor) == ("conditioning", "mid_block_additional_residual")
+
+
 def test_bad_timestep_is_the_schedulers(tiny_pipe):
     def spoil(module, args, kwargs):
         return (args[0], torch.tensor(NAN)), kwargs
