@@ -7,9 +7,10 @@ import warnings
 import numpy as np
 import pytest
 import torch
-from diffusers import EulerDiscreteScheduler
+from diffusers import DDPMPipeline, DDPMScheduler, EulerDiscreteScheduler
 from diffusers.pipelines.stable_diffusion.safety_checker import StableDiffusionSafetyChecker
 from PIL import Image
+from tiny_pipelines import build_tiny_flux_pipe, build_tiny_sd3_pipe
 from transformers import CLIPConfig, CLIPImageProcessor
 
 from sdkit.emulate import mps
@@ -134,6 +135,58 @@ def test_it_draws_what_plain_diffusers_draws(tiny_pipe):
     generator = torch.Generator("cpu").manual_seed(3)
     plain = tiny_pipe("a", generator=generator, num_inference_steps=2).images[0]
     assert np.array_equal(plain, record.images[0].pil_image)
+
+
+@pytest.fixture(
+    params=[build_tiny_sd3_pipe, build_tiny_flux_pipe], ids=lambda build: build.__name__
+)
+def tiny_transformer_pipe(request, tokenizer_folder):
+    """A pipeline with a transformer: Stable Diffusion 3, and Flux, which packs its latents."""
+    return request.param(tokenizer_folder)
+
+
+def test_transformers_draw_what_plain_diffusers_draws(tiny_transformer_pipe, tmp_path):
+    pipe = tiny_transformer_pipe
+    settings = {**FAST, "seed": 3, "guidance_scale": 3.5, "image_size": 64}
+    record = generate(pipe, ["a", "b"], output_folder=tmp_path, **settings)
+    generator = torch.Generator("cpu").manual_seed(3)
+    size = {"height": 64, "width": 64, "guidance_scale": 3.5, "num_inference_steps": 2}
+    plain = pipe("a", generator=generator, **size).images[0]
+    assert np.array_equal(plain, record.images[0].pil_image)
+    assert_alike(record, generate(pipe, ["a", "b"], batch_size=2, **settings))
+    origin = read_provenance(tmp_path / record.images[1].path)
+    assert origin["pipeline"] == type(pipe).__name__ and "transformer" in origin["dtypes"]
+    assert record.attention
+
+
+def test_transformers_are_guarded_and_start_from_images(tiny_transformer_pipe):
+    pipe = tiny_transformer_pipe
+    source = Image.effect_noise((100, 70), 90)
+    settings = {"num_inference_steps": 4, "strength": 0.5, "progress": False, "guidance_scale": 2}
+    record = generate(pipe, ["a", "b"], image=source, **settings)
+    assert record.pipeline.endswith("Img2ImgPipeline")
+    assert record.images[0].pil_image.size == (96, 64)
+    other = generate(pipe, ["a", "b"], image=source.rotate(180), **settings)
+    assert pixels(other) != pixels(record)
+    with torch.no_grad():
+        pipe.transformer.proj_out.bias[0] = NAN
+    with pytest.raises(NonFiniteError, match=r"image 0 \('a'\): transformer .* at step 0"):
+        generate(pipe, "a", image_size=64, **FAST)
+
+
+def test_sizes_are_multiples_of_what_a_token_stands_for(tokenizer_folder):
+    flux = build_tiny_flux_pipe(tokenizer_folder)
+    with pytest.raises(ValidationError, match="image_size: got 72.*multiple of 16"):
+        generate(flux, "a", image_size=72, **FAST)
+
+
+def test_pipelines_of_another_kind_are_refused_before_anything_runs(tiny_pipe, tmp_path):
+    pipe = DDPMPipeline(unet=tiny_pipe.unet, scheduler=DDPMScheduler())
+    with pytest.raises(
+        ValidationError, match="DDPMPipeline: takes no prompt, guidance_scale.*Flux"
+    ):
+        generate(pipe, "a", output_folder=tmp_path / "run", **FAST)
+    assert names(tmp_path) == []
 
 
 def test_nan_raises_and_nothing_of_it_is_saved(tiny_pipe, tmp_path):

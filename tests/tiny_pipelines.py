@@ -6,6 +6,8 @@ import torch
 from diffusers import (
     AutoencoderKL,
     FlowMatchEulerDiscreteScheduler,
+    FluxPipeline,
+    FluxTransformer2DModel,
     PNDMScheduler,
     SD3Transformer2DModel,
     StableDiffusion3Pipeline,
@@ -13,7 +15,18 @@ from diffusers import (
     StableDiffusionXLPipeline,
     UNet2DConditionModel,
 )
-from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
+from tokenizers import Tokenizer
+from tokenizers.models import Unigram
+from tokenizers.pre_tokenizers import Metaspace
+from transformers import (
+    CLIPTextConfig,
+    CLIPTextModel,
+    CLIPTextModelWithProjection,
+    CLIPTokenizer,
+    T5Config,
+    T5EncoderModel,
+    T5TokenizerFast,
+)
 
 TINY_SIZE_PIXELS = 64
 LETTERS = "abcdefghijklmnopqrstuvwxyz0123456789,.-'"
@@ -103,6 +116,34 @@ def build_tiny_sd3_pipe(tokenizer_folder, *, seed=0):
         text_encoder_2=CLIPTextModelWithProjection(text_config), tokenizer_2=tokenizer,
         text_encoder_3=None, tokenizer_3=None, transformer=transformer,
         scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0),
+    )  # fmt: skip
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+def build_tiny_flux_pipe(tokenizer_folder, *, seed=0):
+    """Latents packed into tokens, guidance embedded, a T5 beside the CLIP text encoder."""
+    torch.manual_seed(seed)
+    tokenizer = CLIPTokenizer.from_pretrained(tokenizer_folder, model_max_length=77)
+    words = ["<pad>", "</s>", "<unk>", "\u2581", *LETTERS]
+    t5_tokens = Tokenizer(Unigram([(word, -1.0) for word in words], unk_id=2))
+    t5_tokens.pre_tokenizer = Metaspace()
+    t5_tokens.save(str(tokenizer_folder / "t5.json"))
+    t5_config = T5Config(
+        vocab_size=len(words), d_model=32, d_kv=16, d_ff=64, num_layers=1, num_heads=2,
+        feed_forward_proj="gated-gelu",
+    )  # fmt: skip
+    transformer = FluxTransformer2DModel(
+        in_channels=16, num_layers=1, num_single_layers=1, attention_head_dim=16,
+        num_attention_heads=2, joint_attention_dim=32, pooled_projection_dim=32,
+        guidance_embeds=True, axes_dims_rope=(4, 4, 8),
+    )  # fmt: skip
+    pipe = FluxPipeline(
+        vae=build_vae(use_quant_conv=False, use_post_quant_conv=False, shift_factor=0.1159),
+        text_encoder=CLIPTextModel(build_text_config(tokenizer)), tokenizer=tokenizer,
+        text_encoder_2=T5EncoderModel(t5_config).eval(),  # it has dropout
+        tokenizer_2=T5TokenizerFast(tokenizer_file=str(tokenizer_folder / "t5.json"), extra_ids=0),
+        transformer=transformer, scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0),
     )  # fmt: skip
     pipe.set_progress_bar_config(disable=True)
     return pipe

@@ -6,12 +6,14 @@ becomes a black pixel, and nothing can tell any more.
 Noise is drawn on the CPU in float32, one generator an image, so text-to-image starts from the same
 latents on every device, in every dtype and in every batch size. What is drawn later (by ancestral
 schedulers, and by image-to-image) comes from the same generators, but diffusers draws it in the
-model's dtype: with torch 2.13 that is the float32 noise, rounded; no version promises it.
+model's dtype: with torch 2.13 that is the float32 noise, rounded; no version promises it. The same
+holds for all noise of pipelines that pack their latents, as Flux does, in forms of their own.
 
 # B batch, h w latent
 """
 
 import hashlib
+import inspect
 import time
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
@@ -25,6 +27,7 @@ from sdkit.device import MemoryMeter, synchronize
 from sdkit.finding import NonFiniteError
 from sdkit.generation.caught_warnings import CaughtWarnings
 from sdkit.generation.record import RECORD_NAME, ImageRecord, RunRecord, plain, save_png
+from sdkit.generation.request import packs_latents
 from sdkit.guarding import find_components, guard
 from sdkit.validation import ValidationError, judge_image
 
@@ -121,10 +124,14 @@ class ImageRun:
         }
         if any(request.negative_prompts):
             arguments["negative_prompt"] = [request.negative_prompts[i] or "" for i in indices]
+        if "height" in inspect.signature(self.pipe.__call__).parameters:
+            arguments |= {"height": request.height, "width": request.width}
         if request.input_images:
-            return {**arguments, "image": [request.input_images[i] for i in indices]}
-        latents = _draw_latents(self.pipe, generators, request.height, request.width)
-        return {**arguments, "height": request.height, "width": request.width, "latents": latents}
+            arguments["image"] = [request.input_images[i] for i in indices]
+        elif not packs_latents(self.pipe):
+            size = (request.height, request.width)
+            arguments["latents"] = _draw_latents(self.pipe, generators, *size)
+        return arguments
 
     def _describe_unfinished(self, indices, finding):
         """Records of the images that the guard stopped; the others of the batch were innocent."""

@@ -20,6 +20,10 @@ RESERVED = (
     "prompt", "negative_prompt", "height", "width", "latents", "generator", "image",
     "num_images_per_prompt", "output_type", "return_dict",
 )  # fmt: skip
+# What a pipeline must take for a record to be true: `generate` says all of it.
+NEEDED = (
+    "prompt", "num_inference_steps", "guidance_scale", "generator", "output_type",
+)  # fmt: skip
 # StableDiffusionPipeline takes these two, deprecated, through its own **kwargs.
 LEGACY = ("callback", "callback_steps")
 MAXIMUM_SEED = 2**63 - 1
@@ -63,9 +67,8 @@ def check_request(pipe, prompts, *, negative_prompt, seed, image_size, image):
         images = _one_each(image, (Image.Image, str, Path), count, "image")
         input_images = [open_image(item) for item in images]
         if image_size is None:
-            image_size = input_images[0].size[::-1]
-            scale = pipe.vae_scale_factor
-            image_size = [max(side // scale, 1) * scale for side in image_size]
+            step = _find_size_step(pipe)
+            image_size = [max(side // step, 1) * step for side in input_images[0].size[::-1]]
     height, width = _check_size(pipe, image_size)
     if input_images is not None:
         input_images = [item.resize((width, height), Image.LANCZOS) for item in input_images]
@@ -88,6 +91,26 @@ def check_number(name, value, *, kind=int, minimum=None, maximum=None):
         bounds = f"at least {minimum}" if maximum is None else f"from {minimum} to {maximum}"
         raise ValidationError(f"{name}: got {value!r}, expected {bounds}.")
     return kind(value)
+
+
+def check_pipeline(pipe, *, image, negative_prompt):
+    """Refuses a pipeline that cannot be told what a run needs, before anything is computed."""
+    known = inspect.signature(pipe.__call__).parameters
+    needed = [*NEEDED, *(("image", "strength") if image is not None else ("height", "width"))]
+    if negative_prompt is not None:
+        needed.append("negative_prompt")
+    missing = [name for name in needed if name not in known]
+    if missing or getattr(pipe, "vae", None) is None:
+        raise ValidationError(
+            f"{type(pipe).__name__}: takes no {', '.join(missing) or 'vae'}, which generate() "
+            "needs here. Expected a pipeline of Stable Diffusion 1.x, 2.x, XL or 3, or of Flux; "
+            "call another one yourself, inside `with guard(pipe):`."
+        )
+
+
+def packs_latents(pipe):
+    """Whether the pipeline's latents are no (B, C, h, w): Flux packs 2x2 of them into a token."""
+    return hasattr(pipe, "_pack_latents")
 
 
 def check_pipe_kwargs(pipe, pipe_kwargs):
@@ -196,20 +219,29 @@ def _check_seeds(seed, count):
 
 def _check_size(pipe, image_size):
     """(height, width) in pixels; None is what the model was made for."""
-    scale = pipe.vae_scale_factor
+    step = _find_size_step(pipe)
     if image_size is None:
-        denoiser = getattr(pipe, "unet", None) or pipe.transformer
-        sample_size = denoiser.config.sample_size
-        image_size = [side * scale for side in _pair(sample_size)]
+        sample_size = _find_denoiser(pipe).config.get("sample_size") or pipe.default_sample_size
+        image_size = [side * pipe.vae_scale_factor for side in _pair(sample_size)]
     sides = _pair(image_size)
     for side in sides:
         is_whole = isinstance(side, Integral) and not isinstance(side, bool)
-        if len(sides) != 2 or not is_whole or side <= 0 or side % scale:
+        if len(sides) != 2 or not is_whole or side <= 0 or side % step:
             raise ValidationError(
                 f"image_size: got {image_size!r}, expected pixels as one number or as "
-                f"(height, width), each a multiple of {scale}."
+                f"(height, width), each a multiple of {step}."
             )
     return tuple(map(int, sides))
+
+
+def _find_size_step(pipe):
+    """Pixels of which both sides are multiples: of what one latent, or one token, stands for."""
+    patch_size = 2 if packs_latents(pipe) else _find_denoiser(pipe).config.get("patch_size", 1)
+    return pipe.vae_scale_factor * patch_size
+
+
+def _find_denoiser(pipe):
+    return getattr(pipe, "unet", None) or pipe.transformer
 
 
 def _pair(size):

@@ -14,7 +14,13 @@ from sdkit.device import describe_environment
 from sdkit.emulate import active as find_emulation
 from sdkit.generation.image_run import ImageRun
 from sdkit.generation.record import RECORD_VERSION, RunRecord, plain
-from sdkit.generation.request import check_number, check_pipe_kwargs, check_request, prepare_folder
+from sdkit.generation.request import (
+    check_number,
+    check_pipe_kwargs,
+    check_pipeline,
+    check_request,
+    prepare_folder,
+)
 from sdkit.guarding import find_components
 from sdkit.validation import ValidationError
 
@@ -41,15 +47,14 @@ def generate(
     """Generates one checked image a prompt, and saves the valid ones.
 
     Args:
-        pipe: A diffusers pipeline for Stable Diffusion 1.x, 2.x or XL, or another one that takes
-            `latents` of shape (B, C, height / 8, width / 8).
+        pipe: A diffusers pipeline for Stable Diffusion 1.x, 2.x, XL or 3, or for Flux.
         prompts: One prompt or a list of them; repeat a prompt for several images of it.
         negative_prompt: One for all, or a list with one each.
         seed: Image i is drawn from seed + i; or a list with one seed each.
         num_inference_steps: Denoising steps; with an image, strength times as many are done.
         guidance_scale: At most 1 is no guidance.
-        image_size: Pixels, one number or (height, width), multiples of 8. By default what the model
-            was made for, or the size of the input image.
+        image_size: Pixels, one number or (height, width), multiples of 8 (Flux and Stable Diffusion
+            3: of 16). By default what the model was made for, or the size of the input image.
         batch_size: Images in one pipeline call.
         image: PIL image or file to start from (image-to-image), or a list with one each.
         strength: How far to leave the input image, above 0 and at most 1.
@@ -78,6 +83,7 @@ def generate(
         raise ValidationError(f'on_nonfinite: got {on_nonfinite!r}, expected "raise" or "skip".')
     find_components(pipe)
     pipe = _choose_pipeline(pipe, image)
+    check_pipeline(pipe, image=image, negative_prompt=negative_prompt)
     check_pipe_kwargs(pipe, pipe_kwargs)
     num_inference_steps = check_number("num_inference_steps", num_inference_steps, minimum=1)
     guidance_scale = check_number("guidance_scale", guidance_scale, kind=float)
