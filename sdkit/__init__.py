@@ -21,6 +21,7 @@ EXPORTS = {
     "describe_environment": "sdkit.device",
     "diagnose": "sdkit.diagnosis",
     "Diagnosis": "sdkit.diagnosis",
+    "run_probes": "sdkit.diagnosis",
 }
 __all__ = [*EXPORTS, "__version__"]
 

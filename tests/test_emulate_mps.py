@@ -349,7 +349,7 @@ def test_a_fault_of_ones_own():
 
 
 def test_faults_are_documented_data():
-    assert set(FAULTS) == {"baddbmm-beta-zero", "score-rounding"}
+    assert set(FAULTS) >= {"baddbmm-beta-zero", "score-rounding"}
     for name, fault in FAULTS.items():
         assert fault.name == name
         assert fault.affects

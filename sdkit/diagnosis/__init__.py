@@ -3,5 +3,6 @@
 from sdkit.diagnosis.cause import CAUSES
 from sdkit.diagnosis.diagnosis import Diagnosis
 from sdkit.diagnosis.examination import diagnose
+from sdkit.diagnosis.probes import run_probes
 
-__all__ = ["CAUSES", "Diagnosis", "diagnose"]
+__all__ = ["CAUSES", "Diagnosis", "diagnose", "run_probes"]

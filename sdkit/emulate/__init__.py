@@ -3,6 +3,14 @@
 from sdkit.emulate.backend import mps
 from sdkit.emulate.faults import FAULTS, Fault
 from sdkit.emulate.float16 import float16_arithmetic
-from sdkit.emulate.mode import EmulationWarning, active
+from sdkit.emulate.mode import EmulationWarning, active, suspended
 
-__all__ = ["FAULTS", "EmulationWarning", "Fault", "active", "float16_arithmetic", "mps"]
+__all__ = [
+    "FAULTS",
+    "EmulationWarning",
+    "Fault",
+    "active",
+    "float16_arithmetic",
+    "mps",
+    "suspended",
+]
