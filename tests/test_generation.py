@@ -1,5 +1,6 @@
 """What must never happen: a bad image on the disk, a half-written file, a lost warning."""
 
+import hashlib
 import json
 import resource
 import warnings
@@ -84,7 +85,7 @@ def test_the_record_round_trips(tiny_pipe, tmp_path):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda text: text.replace('"version": 1', '"version": 2'), "version 2, expected 1"),
+        (lambda text: text.replace('"version": 2', '"version": 3'), "version 3, expected 2"),
         (lambda text: text.replace('"first_seconds": ', '"first_seconds": NaN, "x": '), "NaN"),
         (lambda text: text.replace('"scheduler"', '"sheduler"'), r"missing \['scheduler'\]"),
         (lambda text: text.replace('"nan_count"', '"nans"'), r"image 0: missing \['nan_count'\]"),
@@ -318,6 +319,35 @@ def test_image_to_image(tiny_pipe, tmp_path):
     record = generate(tiny_pipe, ["a", "b"], image=source, batch_size=2, **settings)
     assert [image.problem for image in record.images] == [None, "nan"]
     assert record.images[1].finding["component"] == "vae.encode"
+
+
+def test_input_images_are_named_by_file_and_pixels_never_by_path(tiny_pipe, tmp_path):
+    source = Image.effect_noise((80, 72), 90).convert("RGB")
+    source.save(tmp_path / "mine.png")
+    source.save(tmp_path / "again.bmp")
+    inputs = [tmp_path / "mine.png", Image.open(tmp_path / "again.bmp"), source.rotate(180)]
+    settings = {"num_inference_steps": 4, "strength": 0.5, "progress": False}
+    folder = tmp_path / "run"
+    record = generate(tiny_pipe, ["a"] * 3, image=inputs, output_folder=folder, **settings)
+    digest = hashlib.sha256(source.tobytes()).hexdigest()
+    found = [image.input_image for image in record.images]
+    assert found[0] == {"file_name": "mine.png", "pixels_sha256": digest}
+    assert found[1] == {"file_name": "again.bmp", "pixels_sha256": digest}
+    assert found[2]["file_name"] is None and found[2]["pixels_sha256"] != digest
+    assert RunRecord.load(folder / "record.json") == record
+    for image in record.images:
+        assert read_provenance(folder / image.path)["input_image"] == image.input_image
+    assert str(tmp_path) not in record.to_json()
+    assert generate(tiny_pipe, "a", **FAST).images[0].input_image is None
+
+
+def test_a_record_of_version_1_still_loads(tiny_pipe):
+    record = generate(tiny_pipe, ["a", "b"], **FAST)
+    content = json.loads(record.to_json())
+    content["version"] = 1
+    for image in content["images"]:
+        del image["input_image"]  # what version 1 did not have
+    assert RunRecord.from_json(json.dumps(content)) == record
 
 
 def test_negative_prompts_and_pipeline_arguments_arrive(tiny_pipe):

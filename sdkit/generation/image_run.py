@@ -12,7 +12,6 @@ holds for all noise of pipelines that pack their latents, as Flux does, in forms
 # B batch, h w latent
 """
 
-import hashlib
 import inspect
 import time
 from contextlib import contextmanager
@@ -26,7 +25,14 @@ from PIL import Image
 from sdkit.device import MemoryMeter, synchronize
 from sdkit.finding import NonFiniteError
 from sdkit.generation.caught_warnings import CaughtWarnings
-from sdkit.generation.record import RECORD_NAME, ImageRecord, RunRecord, plain, save_png
+from sdkit.generation.record import (
+    RECORD_NAME,
+    ImageRecord,
+    RunRecord,
+    hash_pixels,
+    plain,
+    save_png,
+)
 from sdkit.generation.request import packs_latents
 from sdkit.guarding import find_components, guard
 from sdkit.validation import ValidationError, judge_image
@@ -182,6 +188,7 @@ class ImageRun:
             prompt=self.request.prompts[index],
             negative_prompt=self.request.negative_prompts[index],
             seed=self.request.seeds[index],
+            input_image=self.request.input_origins and self.request.input_origins[index],
             valid=problem is None,
             problem=problem,
             finding=finding and plain({**asdict(finding), "message": finding.message}),
@@ -190,8 +197,7 @@ class ImageRun:
 
     def _save_image(self, image):
         """Returns the record of a valid image with its hash and, if there is a folder, its file."""
-        pixels_sha256 = hashlib.sha256(image.pil_image.tobytes()).hexdigest()
-        image = replace(image, pixels_sha256=pixels_sha256)
+        image = replace(image, pixels_sha256=hash_pixels(image.pil_image))
         if not self.folder:
             return image
         path = self.folder / self.request.file_name(image.index)
@@ -206,6 +212,7 @@ class ImageRun:
             "prompt": image.prompt,
             "negative_prompt": image.negative_prompt,
             "seed": image.seed,
+            "input_image": image.input_image,
             **{name: getattr(self.record, name) for name in made_by},
             "environment": self.record.environment,
             "emulated": self.record.emulated,

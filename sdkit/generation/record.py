@@ -1,5 +1,6 @@
 """What a run leaves on disk: images with their provenance inside, and a record that round-trips."""
 
+import hashlib
 import json
 import math
 from dataclasses import dataclass, field, fields
@@ -10,7 +11,7 @@ from PIL import Image, PngImagePlugin
 from sdkit.run_folder import replace_file
 from sdkit.validation import ValidationError
 
-RECORD_VERSION = 1
+RECORD_VERSION = 2  # 1 did not name the input images
 RECORD_NAME = "record.json"
 PROVENANCE_KEY = "sdkit"
 
@@ -35,6 +36,9 @@ class ImageRecord:
         nan_count: Number of NaN values in the image.
         inf_count: Number of infinite values in the image.
         pixels_sha256: Of the 8-bit pixels, row by row: equal images have equal ones.
+        input_image: What it was started from, {"file_name", "pixels_sha256"}: the name without its
+            folder, or None where it came from memory; the pixels upright, in RGB, at their own
+            size. None if it was started from noise.
         pil_image: The valid image itself; not in the JSON, so None after loading.
     """
 
@@ -53,6 +57,7 @@ class ImageRecord:
     nan_count: int = 0
     inf_count: int = 0
     pixels_sha256: str | None = None
+    input_image: dict | None = None
     pil_image: Image.Image | None = field(default=None, repr=False, compare=False)
 
 
@@ -141,12 +146,12 @@ class RunRecord:
 
     @classmethod
     def from_json(cls, text):
-        """Returns the record that `to_json` wrote.
+        """Returns the record that `to_json` wrote, here or in an older version.
 
         Raises:
             ValidationError: It is no such JSON, or of a version that this sdkit does not know.
         """
-        content = _parse(text)
+        content = _upgrade(_parse(text))
         if content.get("version") != RECORD_VERSION:
             raise ValidationError(
                 f"run record: version {content.get('version')!r}, expected {RECORD_VERSION}. "
@@ -185,6 +190,11 @@ class RunRecord:
             raise ValidationError(f"{path}: no run record can be read there ({error}).") from error
         except ValidationError as error:
             raise ValidationError(f"{path}: {error}") from error
+
+
+def hash_pixels(pil_image):
+    """Returns the SHA-256 of an image's pixels, row by row, whatever its file format."""
+    return hashlib.sha256(pil_image.tobytes()).hexdigest()
 
 
 def plain(value):
@@ -247,6 +257,16 @@ def _parse(text):
         raise ValidationError(f"run record: not valid JSON ({error}).") from error
     if not isinstance(content, dict):
         raise ValidationError("run record: the JSON is no object. Expected what to_json wrote.")
+    return content
+
+
+def _upgrade(content):
+    """Makes content of version 1, which named no input image, one of the present version."""
+    if content.get("version") == 1 and isinstance(content.get("images"), list):
+        content["version"] = RECORD_VERSION
+        for image in content["images"]:
+            if isinstance(image, dict):
+                image["input_image"] = None
     return content
 
 

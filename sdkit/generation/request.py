@@ -3,6 +3,7 @@
 import difflib
 import inspect
 import math
+import os
 import shutil
 import unicodedata
 from dataclasses import dataclass
@@ -11,7 +12,7 @@ from pathlib import Path
 
 from PIL import Image, ImageOps
 
-from sdkit.generation.record import RECORD_NAME
+from sdkit.generation.record import RECORD_NAME, hash_pixels
 from sdkit.run_folder import replace_file
 from sdkit.validation import ValidationError
 
@@ -40,6 +41,7 @@ class Request:
     height: int
     width: int
     input_images: list | None
+    input_origins: list[dict] | None  # as `ImageRecord.input_image`
 
     def __len__(self):
         """Number of images asked for."""
@@ -62,10 +64,14 @@ def check_request(pipe, prompts, *, negative_prompt, seed, image_size, image):
     prompts = _check_prompts(prompts)
     count = len(prompts)
     negative_prompts = _one_each(negative_prompt, (str, type(None)), count, "negative_prompt")
-    input_images = None
+    input_images = input_origins = None
     if image is not None:
         images = _one_each(image, (Image.Image, str, Path), count, "image")
         input_images = [open_image(item) for item in images]
+        input_origins = [
+            {"file_name": _find_file_name(item), "pixels_sha256": hash_pixels(opened)}
+            for item, opened in zip(images, input_images, strict=True)
+        ]
         if image_size is None:
             step = _find_size_step(pipe)
             image_size = [max(side // step, 1) * step for side in input_images[0].size[::-1]]
@@ -79,6 +85,7 @@ def check_request(pipe, prompts, *, negative_prompt, seed, image_size, image):
         height=height,
         width=width,
         input_images=input_images,
+        input_origins=input_origins,
     )
 
 
@@ -145,6 +152,12 @@ def open_image(image):
         raise ValidationError(
             f"image: {image} cannot be opened ({error}). Expected a PIL image or an image file."
         ) from error
+
+
+def _find_file_name(image):
+    """The name of an image's file without its folder, which may tell the user's; or None."""
+    path = getattr(image, "filename", "") if isinstance(image, Image.Image) else image
+    return Path(os.fsdecode(path)).name or None
 
 
 def prepare_folder(output_folder, request):

@@ -10,6 +10,7 @@ from pathlib import Path
 
 from tqdm.auto import tqdm
 
+from sdkit.attention import refuse_unsafe_attention
 from sdkit.device import describe_environment
 from sdkit.emulate import active as find_emulation
 from sdkit.generation.image_run import ImageRun
@@ -70,7 +71,8 @@ def generate(
 
     Raises:
         NonFiniteError: An image would have been NaN or Inf (on_nonfinite="raise").
-        ValidationError: Another invalid image; or arguments that cannot work, before anything runs.
+        ValidationError: Another invalid image; or, before anything runs, arguments that cannot work
+            and attention that is known to break on this device (see `sdkit.attention`).
 
         Every error, an interrupt too, carries the unfinished RunRecord as `error.record`. It is
         saved as well, with `complete` false, beside the images that were saved before.
@@ -85,6 +87,7 @@ def generate(
     pipe = _choose_pipeline(pipe, image)
     check_pipeline(pipe, image=image, negative_prompt=negative_prompt)
     check_pipe_kwargs(pipe, pipe_kwargs)
+    refuse_unsafe_attention(pipe, pipe._execution_device)
     num_inference_steps = check_number("num_inference_steps", num_inference_steps, minimum=1)
     guidance_scale = check_number("guidance_scale", guidance_scale, kind=float)
     batch_size = check_number("batch_size", batch_size, minimum=1)
