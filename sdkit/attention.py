@@ -6,6 +6,8 @@ stale memory decides whether an image is black. So the backend is asked, and the
 """
 
 from collections import defaultdict
+from contextlib import contextmanager
+from contextvars import ContextVar
 from functools import cache
 from inspect import unwrap
 from types import CodeType, FunctionType
@@ -13,12 +15,14 @@ from types import CodeType, FunctionType
 import torch
 
 from sdkit.device import find_device_problem
+from sdkit.emulate import active as find_emulation
 from sdkit.emulate import suspended
 from sdkit.validation import ValidationError
 
 HALF_DTYPES = (torch.float16, torch.bfloat16)
 FIXED_IN = "2.14"  # of torch, on MPS: pytorch#187521
 NAN = float("nan")
+_allowed = ContextVar("unsafe attention is allowed", default=False)
 
 
 def find_baddbmm_problem(device):
@@ -139,8 +143,20 @@ def _read_names(code):
     return set(code.co_names).union(*inner)
 
 
+@contextmanager
+def allow_unsafe_attention():
+    """Lets the body run what `refuse_unsafe_attention` refuses: to study the fault itself."""
+    token = _allowed.set(True)
+    try:
+        yield
+    finally:
+        _allowed.reset(token)
+
+
 def refuse_unsafe_attention(pipe, device):
     """Raises if a pipeline's attention relies on a contract that the device breaks.
+
+    An emulation is never refused anything: it is there to show the fault.
 
     Args:
         pipe: A diffusers pipeline.
@@ -150,29 +166,30 @@ def refuse_unsafe_attention(pipe, device):
         ValidationError: The processors, what is wrong, and the ways out.
     """
     unsafe = find_unsafe_processors(pipe)
-    if not unsafe:
-        return
-    check_baddbmm(device, _describe(unsafe))
+    if unsafe:
+        check_baddbmm(device, _describe(unsafe))
 
 
 def check_baddbmm(device, user):
     """Returns the device unchanged, or raises if its `baddbmm` reads what it must ignore.
 
     Args:
-        device: Where attention is to run.
+        device: Where attention is to run; under an emulation it is not asked.
         user: What relies on it, for the message.
 
     Raises:
         ValidationError: What relies on it, what is wrong, and the ways out.
     """
+    if _allowed.get() or find_emulation():
+        return device
     problem = find_baddbmm_problem(device)
     if problem:
         raise ValidationError(
-            f"{user} multiplies into uninitialised memory, and on {device} with torch "
-            f"{torch.__version__} {problem}: images turn black whenever stale memory holds a NaN "
+            f"{user}: multiplies into uninitialised memory, and on {device} with torch "
+            f"{torch.__version__} {problem}. Images turn black whenever stale memory holds a NaN "
             '(pytorch#187521). Load with attention="sdpa", or call '
             "pipe.unet.set_attn_processor(AttnProcessor2_0()) from "
-            f"diffusers.models.attention_processor; or upgrade to torch {FIXED_IN} or newer."
+            f"diffusers.models.attention_processor; or upgrade to torch >= {FIXED_IN}."
         )
     return device
 

@@ -109,36 +109,24 @@ def assign_dtypes(dtype, components, policy):
     return {name: _parse_dtype(value) for name, value in chosen.items()}, reason
 
 
-def find_cautions(device_type, dtypes, attention, torch_version):
+def find_cautions(device_type, dtypes):
     """Returns what is known to go wrong with a configuration, from plain values.
+
+    What a device does wrong whatever its version is tried on the device: `sdkit.attention`.
 
     Args:
         device_type: "mps", "cuda" or "cpu".
         dtypes: The torch.dtypes in use.
-        attention: "sdpa" or "diffusers-sliced".
-        torch_version: Such as "2.13.0".
 
     Returns:
         One line each.
     """
-    if device_type != "mps":
+    if device_type != "mps" or torch.float16 not in dtypes:
         return []
-    cautions = []
-    if torch.float16 in dtypes:
-        cautions.append(
-            "float16 on MPS is where black images come from: keep the guard on (`generate`, or "
-            "`with guard(pipe):`), and see notebooks/01_diagnose_black_images.ipynb"
-        )
-    if attention == "diffusers-sliced" and _major_minor(torch_version) < (2, 14):
-        cautions.append(
-            f"attention slicing on MPS with torch {torch_version} reads uninitialised memory "
-            '(pytorch#187521, fixed in 2.14) and may give black images: use attention="sdpa"'
-        )
-    return cautions
-
-
-def _major_minor(version):
-    return tuple(int(part) for part in version.split(".")[:2])
+    return [
+        "float16 on MPS is where black images come from: keep the guard on (`generate`, or "
+        "`with guard(pipe):`), and see notebooks/01_diagnose_black_images.ipynb"
+    ]
 
 
 def dtype_name(dtype):

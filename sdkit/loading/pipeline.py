@@ -7,6 +7,7 @@ import diffusers
 import torch
 from diffusers import DiffusionPipeline
 
+from sdkit.attention import check_baddbmm
 from sdkit.device import (
     GIB,
     choose_device,
@@ -63,7 +64,8 @@ def load_pipeline(
         dtype: "auto" (see `choose_dtypes`), "float32", "float16", "bfloat16", a torch.dtype, or a
             dict of these by component, such as {"unet": "float16", "vae": "float32"}: then casts
             are installed at the borders, where stock pipelines crash.
-        attention: "sdpa", or "diffusers-sliced" for diffusers' attention slicing.
+        attention: "sdpa", or "diffusers-sliced" for diffusers' attention slicing, which is refused
+            on a device whose `baddbmm` reads memory that it must ignore; see `sdkit.attention`.
         variant: Such as "fp16", for `*.fp16.safetensors` files.
         config: For a single file: a pipeline folder of the same architecture; see
             `find_config_folder`.
@@ -80,6 +82,8 @@ def load_pipeline(
     _check_attention(attention)
     check_dtype(dtype)
     device, device_reason = choose_device(backend)
+    if attention == "diffusers-sliced":
+        check_baddbmm(device, f'attention="{attention}"')
     with collect_warnings(progress) as collected:
         checkpoint = find_checkpoint(
             model, variant=variant, config=config, local_files_only=local_files_only
@@ -97,7 +101,7 @@ def load_pipeline(
         attention_reason = _enable_slicing(pipe)
     else:
         attention_reason = "one fused call, diffusers' default"
-    cautions = find_cautions(device.type, dtypes.values(), attention, torch.__version__)
+    cautions = find_cautions(device.type, dtypes.values())
     for caution in cautions:
         warnings.warn(caution, PrecisionWarning, stacklevel=2)
     border_casts = install_border_casts(pipe) if len(set(dtypes.values())) > 1 else ()
