@@ -151,9 +151,9 @@ def with_ddim(*, steps=6, **config):
     return plant
 
 
-def image_to_image(tokenizer_folder):
+def image_to_image(tokenizer_folder, *, seed=0):
     """The tiny pipeline with an image to start from."""
-    components = build_tiny_pipe(tokenizer_folder).components
+    components = build_tiny_pipe(tokenizer_folder, seed=seed).components
     pipe = StableDiffusionImg2ImgPipeline(**components, requires_safety_checker=False)
     pipe.set_progress_bar_config(disable=True)
     return pipe

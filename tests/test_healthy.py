@@ -1,0 +1,33 @@
+"""The healthy runs are healthy: no NaN at any border, a valid picture, finite at every module."""
+
+import pytest
+import torch
+from healthy import HEALTHY
+
+from sdkit.guarding import guard
+from sdkit.validation import judge_image
+
+pytestmark = pytest.mark.filterwarnings("ignore::sdkit.emulate.EmulationWarning")
+
+
+def test_there_are_enough_and_their_names_differ():
+    assert len(HEALTHY) >= 50
+    assert len({case.name for case in HEALTHY}) == len(HEALTHY)
+    assert sum(case.fast for case in HEALTHY) == 6
+
+
+@pytest.mark.parametrize(
+    "case",
+    [
+        pytest.param(case, id=case.name, marks=[] if case.fast else pytest.mark.slow)
+        for case in HEALTHY
+    ],
+)
+def test_it_is_finite_and_shows_a_picture(case, tokenizer_folder):
+    with case.build(tokenizer_folder) as (pipe, pipe_kwargs):
+        generator = torch.Generator("cpu").manual_seed(case.seed)
+        with guard(pipe) as report:
+            output = pipe(list(case.prompts), generator=generator, output_type="np", **pipe_kwargs)
+    assert sum(report.calls.values()) >= 3
+    assert judge_image(output.images).valid
+    assert not any(getattr(output, "nsfw_content_detected", None) or [])
