@@ -1,4 +1,4 @@
-"""The command line: `sdkit demo` tells the whole story, `sdkit check` judges image files.
+"""The command line: `sdkit demo` tells the whole story, `sdkit doctor` checks up on the machine.
 
 What a command needs is imported inside it, so that `sdkit --help` answers at once. Every error is
 one sentence and a next step; exit 1 means that something was found bad, 2 that a command cannot
@@ -7,6 +7,7 @@ be carried out as it was given.
 
 import json
 import os
+import re
 import sys
 from dataclasses import asdict
 from pathlib import Path
@@ -92,6 +93,56 @@ def demo(
         typer.echo(f"\n{output / 'index.html'}: the whole story on one page")
     if not all(run.is_good for run in runs):
         raise typer.Exit(BAD)
+
+
+@app.command()
+def doctor(
+    backend: Annotated[str, typer.Option(help="auto, mps, cuda, cuda:1 or cpu.")] = "auto",
+    thorough: Annotated[
+        bool, typer.Option("--thorough", help="Probe at the sizes of Stable Diffusion 1.5.")
+    ] = False,
+    emulate: Annotated[
+        list[str] | None,
+        typer.Option(metavar="FAULT", help="Show an emulated Mac with this fault; repeatable."),
+    ] = None,
+    model: Annotated[
+        str | None, typer.Option(help="Choose dtypes for this model on disk, not for SD 1.5.")
+    ] = None,
+    fresh: Annotated[
+        bool, typer.Option("--fresh", help="Run the probes again, whatever is kept of them.")
+    ] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON, not text.")] = False,
+):
+    """Check up on this machine: versions, device, what it computes wrongly, what to do.
+
+    Exits with 1 if a probe failed.
+    """
+    from sdkit.diagnosis.doctor import check_up
+    from sdkit.diagnosis.doctor_text import format_checkup
+    from sdkit.validation import ValidationError
+
+    try:
+        checkup = check_up(
+            backend, thorough=thorough, faults=tuple(emulate or ()), model=model, fresh=fresh,
+            progress=True,
+        )  # fmt: skip
+    except (ValidationError, OSError) as error:
+        _fail(error)
+    typer.echo(checkup.to_json() if as_json else _colour(format_checkup(checkup)))
+    raise typer.Exit(BAD if checkup.failed else 0)
+
+
+def _colour(text):
+    """Titles bold, verdicts green and red; `typer.echo` drops that where no terminal is."""
+    text = re.sub(r"(?m)^\S.*", lambda title: typer.style(title[0], bold=True), text)
+    for word, colour in (
+        ("ok", "green"),
+        ("FAIL", "red"),
+        ("n/a", "yellow"),
+        ("EMULATED", "yellow"),
+    ):
+        text = re.sub(rf"(?m)^(  (?:mps +)?){word}\b", rf"\1{typer.style(word, fg=colour)}", text)
+    return text
 
 
 def find_image_files(paths):

@@ -111,7 +111,7 @@ def test_a_control_that_does_not_overflow_proves_nothing(name):
 def test_every_probe_says_what_it_is_about():
     for name, probe in PROBES.items():
         assert probe.name == name
-        assert probe.contract.endswith(".") and probe.contract.count(". ") == 0
+        assert probe.contract.endswith(".") and len(probe.contract) <= 67  # one line of the doctor
         assert probe.guards and probe.threads
         assert all(thread.startswith("https://github.com/") for thread in probe.threads)
 

@@ -130,7 +130,7 @@ PROBES = (
     ),
     Probe(
         name="sdpa-shapes",
-        contract="Attention is right at the shapes of Stable Diffusion, over 77 tokens too.",
+        contract="Attention is right at Stable Diffusion's shapes, 77 tokens too.",
         guards=("attention", "float16"),
         threads=(f"{PYTORCH}/169222", f"{PYTORCH}/174861", f"{COMFYUI}/3521"),
         measure=measure_shapes,

@@ -135,21 +135,21 @@ def measure_activations(device, thorough):
 PROBES = (
     Probe(
         name="group-norm-range",
-        contract="Group norm of float16 values with a deviation of 300 keeps wider statistics.",
+        contract="Group norm of float16 keeps statistics beyond float16's range.",
         guards=("float16",),
         threads=(f"{PYTORCH}/96113", f"{DIFFUSERS}/2521"),
         measure=measure_group_norm,
     ),
     Probe(
         name="layer-norm-range",
-        contract="Layer norm of float16 values with a deviation of 300 keeps wider statistics.",
+        contract="Layer norm of float16 keeps statistics beyond float16's range.",
         guards=("float16",),
         threads=(f"{PYTORCH}/96113", f"{DIFFUSERS}/4480"),
         measure=measure_layer_norm,
     ),
     Probe(
         name="norm-slices",
-        contract="A norm of a slice reads the slice, and not the start of its storage.",
+        contract="A norm of a slice reads the slice, not the start of its storage.",
         guards=("sampling", "training"),
         threads=(f"{PYTORCH}/131750", f"{PYTORCH}/133520"),
         measure=measure_norms_of_slices,
@@ -163,14 +163,14 @@ PROBES = (
     ),
     Probe(
         name="conv-chunk",
-        contract="A convolution of a chunk of channels is right for every image of the batch.",
+        contract="A convolution of a chunk is right for every image of a batch.",
         guards=("sampling",),
         threads=(f"{PYTORCH}/169342",),
         measure=measure_convolution_of_chunk,
     ),
     Probe(
         name="conv-channels-last",
-        contract="A convolution is right in channels_last, on slices of channels as well.",
+        contract="A convolution is right in channels_last, and on slices of it.",
         guards=("sampling", "training"),
         threads=(f"{PYTORCH}/180984", f"{PYTORCH}/192212"),
         measure=measure_channels_last,
@@ -191,7 +191,7 @@ PROBES = (
     ),
     Probe(
         name="activations",
-        contract="gelu and silu are finite and right between -100 and 100, in bfloat16 too.",
+        contract="gelu and silu are right between -100 and 100, in bfloat16 too.",
         guards=("float16", "sampling"),
         threads=(f"{PYTORCH}/186278", f"{PYTORCH}/98212"),
         measure=measure_activations,

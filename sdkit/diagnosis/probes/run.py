@@ -17,6 +17,7 @@ PROBES = {
     for probe in theme.PROBES
 }
 BAR_DELAY_SECONDS = 5
+BAR = "{desc} {percentage:3.0f}%|{bar:40}| {n_fmt}/{total_fmt}{postfix}"
 # How backends say that an op, a dtype or the memory is not there: loud, so no contract is broken.
 MISSING = (
     "not implemented",
@@ -52,10 +53,10 @@ def run_probes(device="auto", *, thorough=False, names=None, progress=False):
     results = []
     with tqdm(
         probes, desc="probes", unit="probe", delay=BAR_DELAY_SECONDS, disable=not progress,
-        leave=False,
+        leave=False, bar_format=BAR,
     ) as bar:  # fmt: skip
         for probe in bar:
-            bar.set_postfix_str(probe.name)
+            bar.set_postfix_str(probe.name, refresh=False)
             results.append(run_probe(probe, device, thorough=thorough))
     return tuple(results)
 
@@ -130,4 +131,8 @@ def _describe(broken):
         return ""
     first = broken[0]
     others = f", and {len(broken) - 1} more" if len(broken) > 1 else ""
-    return f"{first.name} {first.value:.3g} (at most {first.allowed:.3g}){others}"
+    value, allowed = (
+        f"{number:,}" if isinstance(number, int) else f"{number:.3g}"
+        for number in (first.value, first.allowed)
+    )
+    return f"{first.name} {value} (at most {allowed}){others}"

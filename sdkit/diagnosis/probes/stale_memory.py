@@ -116,14 +116,14 @@ PROBES = (
     ),
     Probe(
         name="recycled-memory",
-        contract="Attention through an uninitialised buffer does not depend on what that held.",
+        contract="Attention does not depend on what uninitialised memory held.",
         guards=("attention slicing", "float16"),
         threads=(f"{PYTORCH}/187521", f"{DIFFUSERS}/14459", f"{DIFFUSERS}/2643"),
         measure=measure_recycled_memory,
     ),
     Probe(
         name="matmul-large-inner-size",
-        contract="A matrix product sums its operands alone, whatever lies behind them in memory.",
+        contract="A matrix product reads nothing behind its operands in memory.",
         guards=("attention", "training"),
         threads=(f"{PYTORCH}/195163", f"{PYTORCH}/193487"),
         measure=measure_large_inner_size,

@@ -75,7 +75,7 @@ PROBES = (
     ),
     Probe(
         name="adamw-step",
-        contract="One AdamW step moves a weight as on the CPU, a transposed one too.",
+        contract="One AdamW step moves weights as on the CPU, transposed ones too.",
         guards=("training",),
         threads=(f"{PYTORCH}/118115",),
         measure=measure_adamw,

@@ -190,7 +190,7 @@ PROBES = (
     ),
     Probe(
         name="randn-distinct",
-        contract="Every item of a batch is drawn anew, and a seed draws the same again.",
+        contract="Every item of a batch is drawn anew, and a seed draws it again.",
         guards=("sampling", "training"),
         threads=(f"{PYTORCH}/147624", f"{PYTORCH}/78009", f"{PYTORCH}/84288"),
         measure=measure_distinct_draws,
@@ -218,14 +218,14 @@ PROBES = (
     ),
     Probe(
         name="clamp-keeps-nan",
-        contract="clamp keeps NaN, so that a bad image is not black without a warning.",
+        contract="clamp keeps NaN: a bad image must not turn black unseen.",
         guards=("checks",),
         threads=(f"{PYTORCH}/120899", f"{PYTORCH}/122710"),
         measure=measure_clamp,
     ),
     Probe(
         name="maximum-keeps-nan",
-        contract="maximum, minimum, max and min keep NaN, so that checks by them see it.",
+        contract="maximum, minimum, max and min keep NaN, for checks to see it.",
         guards=("checks",),
         threads=(f"{PYTORCH}/143976", f"{PYTORCH}/130295"),
         measure=measure_maximum,
@@ -239,7 +239,7 @@ PROBES = (
     ),
     Probe(
         name="interpolate",
-        contract="interpolate is right in all modes that models use, for one pixel as well.",
+        contract="interpolate is right in all modes used, for one pixel as well.",
         guards=("sampling",),
         threads=(f"{PYTORCH}/144245", f"{PYTORCH}/79383"),
         measure=measure_interpolation,
