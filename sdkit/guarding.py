@@ -11,7 +11,9 @@ every pipeline call. Second-order schedulers (Heun, KDPM2) list their half-steps
 n inference steps give about 2n steps here. Image-to-image counts from its own first step.
 """
 
+import weakref
 from contextlib import ExitStack, contextmanager
+from contextvars import ContextVar
 from dataclasses import replace
 from types import MethodType
 
@@ -38,12 +40,27 @@ MEANING = {
     "pooled_projections": "prompt_embeds",
 }
 
-__all__ = ["Finding", "GuardReport", "NonFiniteError", "find_components", "guard"]
+# On a component that `install_guard` watches: how to undo that.
+MARK = "_sdkit_guard"
+_resting = ContextVar("components whose permanent guard rests", default=())
+
+__all__ = [
+    "Finding",
+    "GuardReport",
+    "NonFiniteError",
+    "find_components",
+    "guard",
+    "install_guard",
+    "remove_guard",
+    "unguarded",
+]
 
 
 @contextmanager
 def guard(pipe, *, on_nonfinite="raise"):
     """Watches a pipeline for NaN and Inf while the block runs; removes every trace of itself after.
+
+    A permanent guard (`install_guard`) rests meanwhile: this one alone decides what happens.
 
     Args:
         pipe: Any diffusers pipeline with a `unet` or a `transformer`. LoRA layers and
@@ -61,19 +78,52 @@ def guard(pipe, *, on_nonfinite="raise"):
     """
     if on_nonfinite not in ("raise", "record"):
         raise ValidationError(f'on_nonfinite: got {on_nonfinite!r}, expected "raise" or "record".')
-    report = GuardReport()
+    components, report = find_components(pipe), GuardReport()
     watch = _Watch(pipe, report, raises=on_nonfinite == "raise")
-    with ExitStack() as undo:
-        for name, component in find_components(pipe).items():
-            if name == "vae":
-                component = getattr(component, "_orig_mod", component)  # under torch.compile
-                _wrap_method(component, "encode", watch.after_encode, undo)
-                _wrap_method(component, "decode", watch.after_decode, undo)
-            elif name.startswith("text_encoder"):
-                _watch_forward(name, component, watch.after_text_encoder, undo)
-            else:
-                _watch_forward(name, component, watch.after_denoiser, undo)
+    with unguarded(pipe), ExitStack() as undo:
+        for name, component in components.items():
+            _watch_component(name, component, watch, undo)
         yield report
+
+
+def install_guard(pipe):
+    """Puts a permanent guard on a pipeline: every call raises at its first NaN or Inf.
+
+    It belongs to the components: other pipelines made of the same ones (`from_pipe`) have it too.
+    It rests inside `guard(pipe)`, so inside `generate` too, and inside `unguarded(pipe)`. Take it
+    off before `torch.compile`, which would trace it. A second call changes nothing.
+
+    Args:
+        pipe: As for `guard`.
+
+    Raises:
+        ValidationError: The pipeline has nothing to watch.
+    """
+    remove_guard(pipe)
+    watch = _Watch(pipe, GuardReport(), raises=True, rests=True)
+    for name, component in find_components(pipe).items():
+        undo = ExitStack()
+        _watch_component(name, component, watch, undo)
+        setattr(component, MARK, undo)
+
+
+def remove_guard(pipe):
+    """Takes the permanent guard of `install_guard` off again, if there is one."""
+    for component in find_components(pipe).values():
+        if hasattr(component, MARK):
+            getattr(component, MARK).close()
+            delattr(component, MARK)
+
+
+@contextmanager
+def unguarded(pipe):
+    """Lets the permanent guard of a pipeline rest while the block runs, in this thread."""
+    components = [getattr(c, "_orig_mod", c) for c in find_components(pipe).values()]
+    token = _resting.set((*_resting.get(), *components))
+    try:
+        yield
+    finally:
+        _resting.reset(token)
 
 
 def find_components(pipe):
@@ -95,6 +145,29 @@ def find_components(pipe):
             "itself, as StableDiffusionPipeline.from_pretrained returns it."
         )
     return modules
+
+
+def _watch_component(name, component, watch, undo):
+    """Has a watch look at each call of a component, until it is undone."""
+    find_component = weakref.ref(component)  # a hook must not keep its own module alive
+
+    def judging(look):
+        if not watch.rests:
+            return look
+        return lambda *call: None if _is_resting(find_component()) else look(*call)
+
+    if name == "vae":
+        component = getattr(component, "_orig_mod", component)  # under torch.compile
+        _wrap_method(component, "encode", judging(watch.after_encode), undo)
+        _wrap_method(component, "decode", judging(watch.after_decode), undo)
+    elif name.startswith("text_encoder"):
+        _watch_forward(name, component, judging(watch.after_text_encoder), undo)
+    else:
+        _watch_forward(name, component, judging(watch.after_denoiser), undo)
+
+
+def _is_resting(component):
+    return any(component is resting for resting in _resting.get())
 
 
 def _watch_forward(name, module, look, undo):
@@ -137,8 +210,11 @@ def _wrap_method(vae, method, look, undo):
 class _Watch:
     """Follows the pipeline calls inside one guard and judges each call of a component."""
 
-    def __init__(self, pipe, report, *, raises):
-        self.pipe, self.report, self.raises = pipe, report, raises
+    def __init__(self, pipe, report, *, raises, rests=False):
+        # Components hold a permanent watch: if it held their pipeline, gigabytes would wait for
+        # the garbage collector. They may also outlive it, in another pipeline.
+        self._find_pipe = weakref.ref(pipe)
+        self.report, self.raises, self.rests = report, raises, rests
         self._begin_run()
 
     def _begin_run(self):
@@ -183,7 +259,7 @@ class _Watch:
         """Moves to the step of this denoiser call; returns True if a new run begins with it."""
         if isinstance(timestep, torch.Tensor):
             timestep = timestep.flatten()[0].item()  # one for the batch, or one a row
-        position = _find_position(self.pipe, timestep, self.position)
+        position = _find_position(self._find_pipe(), timestep, self.position)
         if position is None:  # not in the schedule (Flux divides by 1000): count the changes
             previous = -1 if self.position is None else self.position
             rises = None not in (timestep, self.timestep) and timestep > self.timestep
@@ -213,7 +289,8 @@ class _Watch:
             return
         made = describe_bad(bad_output, stage, step, timestep, component, "output")
         # A cast at the component's border may have changed the tensor's: what counts is its own.
-        dtype = getattr(getattr(self.pipe, component.partition(".")[0]), "dtype", made.dtype)
+        module = getattr(self._find_pipe(), component.partition(".")[0], None)
+        dtype = getattr(module, "dtype", made.dtype)
         made = replace(made, dtype=str(dtype).removeprefix("torch."))
         if not fed or not made.follows_from(fed):
             self._report(made, call)

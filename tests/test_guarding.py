@@ -1,7 +1,9 @@
 """Plant a NaN, then demand its stage and step; plant none, and demand silence."""
 
 import copy
+import gc
 import pickle
+import weakref
 
 import numpy as np
 import pytest
@@ -14,10 +16,10 @@ from diffusers import (
     HeunDiscreteScheduler,
     StableDiffusionImg2ImgPipeline,
 )
-from tiny_pipelines import build_tiny_xl_pipe
+from tiny_pipelines import build_tiny_pipe, build_tiny_xl_pipe
 
 from sdkit.finding import NonFiniteError
-from sdkit.guarding import guard
+from sdkit.guarding import guard, install_guard, remove_guard, unguarded
 from sdkit.validation import ValidationError
 
 STEPS = 3
@@ -318,6 +320,81 @@ def test_nested_guards(tiny_pipe):
         run(tiny_pipe)
     assert outer.calls == inner.calls == {"text_encoder": 2, "unet": STEPS + 1, "vae.decode": 1}
     assert hooks_and_methods(tiny_pipe) == before
+
+
+def test_a_permanent_guard_stops_a_plain_call_and_can_be_taken_off(tiny_pipe):
+    before = hooks_and_methods(tiny_pipe)
+    healthy = run(tiny_pipe)
+    install_guard(tiny_pipe)
+    install_guard(tiny_pipe)  # changes nothing
+    assert np.array_equal(run(tiny_pipe), healthy)
+    planted = plant(tiny_pipe.unet.conv_out, call=2)
+    with pytest.raises(NonFiniteError, match=r"unet .* at step 2 \(timestep 334\)"):
+        run(tiny_pipe)
+    planted.remove()
+    norm = next(m for m in tiny_pipe.text_encoder.modules() if isinstance(m, torch.nn.LayerNorm))
+    for module, stage in ((norm, "text_encoder"), (tiny_pipe.vae.decoder, "vae")):
+        planted = plant(module)
+        with pytest.raises(NonFiniteError) as caught:
+            run(tiny_pipe)
+        assert caught.value.finding.stage == stage
+        planted.remove()
+    remove_guard(tiny_pipe)
+    remove_guard(tiny_pipe)
+    assert hooks_and_methods(tiny_pipe) == before
+    plant(tiny_pipe.vae.decoder)
+    assert np.isnan(run(tiny_pipe)).any()
+
+
+def test_a_permanent_guard_rests_inside_a_guard_and_comes_back(tiny_pipe):
+    install_guard(tiny_pipe)
+    before = hooks_and_methods(tiny_pipe)
+    planted = plant(tiny_pipe.unet.conv_out, call=1)
+    with guard(tiny_pipe, on_nonfinite="record") as report:
+        assert np.isnan(run(tiny_pipe)).any()
+    assert [(finding.stage, finding.step) for finding in report] == [("unet", 1)]
+    planted.remove()
+    assert hooks_and_methods(tiny_pipe) == before
+    tiny_pipe.vae.decoder.conv_out.bias.data[0] = NAN
+    with unguarded(tiny_pipe):
+        assert np.isnan(run(tiny_pipe)).any()
+    with pytest.raises(NonFiniteError, match="vae.decode"):
+        run(tiny_pipe)
+
+
+def test_a_permanent_guard_belongs_to_the_components(tiny_pipe):
+    """As `from_pipe` shares them."""
+    install_guard(tiny_pipe)
+    other = StableDiffusionImg2ImgPipeline(**tiny_pipe.components, requires_safety_checker=False)
+    other.set_progress_bar_config(disable=True)
+    image = np.full((1, 64, 64, 3), 0.5, np.float32)
+    plant(other.unet.conv_out, call=1)
+    with guard(other, on_nonfinite="record") as report:
+        run(other, image=image)
+    assert len(report) == 1
+    other.vae.quant_conv.bias.data[0] = NAN
+    with pytest.raises(NonFiniteError, match="vae.encode"):
+        run(other, image=image)
+    remove_guard(other)
+    assert np.isnan(run(other, image=image)).any()
+
+
+def test_a_permanent_guard_keeps_no_unet_alive(tokenizer_folder):
+    alive = []
+    gc.collect()
+    gc.disable()
+    try:
+        for is_guarded in (False, True):
+            pipe = build_tiny_pipe(tokenizer_folder)
+            if is_guarded:
+                install_guard(pipe)
+            run(pipe)
+            unet = weakref.ref(pipe.unet)
+            del pipe
+            alive.append(unet() is not None)
+    finally:
+        gc.enable()
+    assert alive == [False, False]
 
 
 def test_a_copy_made_inside_uses_its_own_weights(tiny_pipe):

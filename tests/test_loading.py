@@ -20,7 +20,11 @@ from diffusers import (
 from safetensors.torch import load_file, save_file
 from tiny_pipelines import build_tiny_xl_pipe
 
-from sdkit.loading import LoadReport, load_pipeline
+from sdkit.emulate import mps
+from sdkit.finding import NonFiniteError
+from sdkit.generation import generate
+from sdkit.guarding import guard, remove_guard
+from sdkit.loading import LoadReport, PrecisionWarning, load_pipeline
 from sdkit.loading.border_casts import install_border_casts, remove_border_casts
 from sdkit.loading.dtype_policy import choose_dtypes, find_cautions
 from sdkit.loading.weights import check_components
@@ -437,6 +441,42 @@ def test_float16_asked_for_on_mps_warns(tiny_folder):
         pytest.skip("no mps here")
     with pytest.warns(UserWarning, match="keep the guard on"):
         load_pipeline(tiny_folder, backend="mps", dtype="float16", progress=False)
+
+
+def test_float16_on_mps_is_guarded_until_that_is_taken_off(tiny_folder):
+    """MPS is emulated here; a real one is told by the device."""
+    with mps(), pytest.warns(PrecisionWarning, match="keep the guard on"):
+        pipe, report = load(tiny_folder, dtype={"unet": "float16", "default": "float32"})
+    assert report.guard.startswith("on") and "remove_guard(pipe)" in str(report)
+    assert np.isfinite(draw(pipe)).all()
+    pipe.unet.conv_out.bias.data[0] = np.nan
+    with pytest.raises(NonFiniteError, match=r"unet \(float16, cpu\): .* at step 0"):
+        draw(pipe)
+    settings = {"num_inference_steps": 2, "progress": False}
+    record = generate(pipe, ["a", "b"], on_nonfinite="skip", **settings)
+    assert [image.problem for image in record.images] == ["nan", "nan"]
+    with guard(pipe, on_nonfinite="record") as watched:
+        assert np.isnan(draw(pipe)).any()
+    assert watched.findings[0].stage == "unet"
+    remove_guard(pipe)
+    assert np.isnan(draw(pipe)).any()
+
+
+def test_only_float16_on_mps_is_guarded_unasked(tiny_folder):
+    with mps():
+        whole, report_of_whole = load(tiny_folder, dtype="float32")
+    half, report_of_half = load(tiny_folder, dtype={"unet": "float16", "default": "float32"})
+    for pipe, report in ((whole, report_of_whole), (half, report_of_half)):
+        assert report.guard.startswith("off") and report.warnings == ()
+        pipe.unet.conv_out.bias.data[0] = np.nan
+        assert np.isnan(draw(pipe)).any()
+
+
+def test_a_report_of_before_the_guard_was_in_it_still_loads(tiny_folder):
+    _, report = load(tiny_folder)
+    content = json.loads(report.to_json())
+    del content["guard"]
+    assert LoadReport.from_json(json.dumps(content)).guard == "off"
 
 
 def test_loading_leaves_pythons_and_the_libraries_settings_as_they_were(tiny_folder):

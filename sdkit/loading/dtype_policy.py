@@ -124,8 +124,8 @@ def find_cautions(device_type, dtypes):
     if device_type != "mps" or torch.float16 not in dtypes:
         return []
     return [
-        "float16 on MPS is where black images come from: keep the guard on (`generate`, or "
-        "`with guard(pipe):`), and see notebooks/01_diagnose_black_images.ipynb"
+        "float16 on MPS is where black images come from: keep the guard on, and see "
+        "notebooks/01_diagnose_black_images.ipynb"
     ]
 
 

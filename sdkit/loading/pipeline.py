@@ -15,6 +15,8 @@ from sdkit.device import (
     find_device_problem,
     measure_available_gib,
 )
+from sdkit.emulate import active as find_emulation
+from sdkit.guarding import install_guard
 from sdkit.loading.border_casts import install_border_casts
 from sdkit.loading.checkpoint import count_weights, find_checkpoint
 from sdkit.loading.dtype_policy import (
@@ -33,6 +35,11 @@ from sdkit.validation import ValidationError
 __all__ = ["LoadReport", "PrecisionWarning", "load_pipeline"]
 
 ATTENTIONS = ("sdpa", "diffusers-sliced")
+GUARD_ON = (
+    "on, for float16 on MPS: every call raises at its first NaN or Inf. Inside `with guard(pipe):` "
+    "that one decides; sdkit.guarding.remove_guard(pipe) takes it off"
+)
+GUARD_OFF = "off: put one around a call with `with guard(pipe):`"
 # diffusers renamed the argument in 0.40 and has warned of the old name since.
 DTYPE_ARGUMENT = (
     "dtype"
@@ -56,7 +63,9 @@ def load_pipeline(
 
     Only safetensors are read. Every weight is checked afterwards: its dtype, its device, finite.
     Nothing is sliced unless it is asked for, and `device_map` is never used: on MPS it corrupted
-    weights (diffusers#13227).
+    weights (diffusers#13227). A pipeline that gets float16 on MPS, or while MPS is emulated, is
+    guarded: any call of it raises NonFiniteError at the first NaN or Inf; see `install_guard`, and
+    `remove_guard` to take that off.
 
     Args:
         model: "mini" (the bundled one), a folder, a .safetensors file, or a Hub id.
@@ -101,10 +110,14 @@ def load_pipeline(
         attention_reason = _enable_slicing(pipe)
     else:
         attention_reason = "one fused call, diffusers' default"
-    cautions = find_cautions(device.type, dtypes.values())
+    is_mps = device.type == "mps" or (find_emulation() or "").startswith("emulated MPS")
+    cautions = find_cautions("mps" if is_mps else device.type, dtypes.values())
     for caution in cautions:
         warnings.warn(caution, PrecisionWarning, stacklevel=2)
     border_casts = install_border_casts(pipe) if len(set(dtypes.values())) > 1 else ()
+    is_guarded = is_mps and torch.float16 in dtypes.values()
+    if is_guarded:
+        install_guard(pipe)
     # Libraries name the folder that they read: in the Hub's cache it tells the user's name.
     folder = str(checkpoint.path)
     report = LoadReport(
@@ -123,6 +136,7 @@ def load_pipeline(
         warnings=(*cautions, *(line.replace(folder, checkpoint.resolved) for line in collected)),
         load_seconds=time.perf_counter() - started,
         environment=environment,
+        guard=GUARD_ON if is_guarded else GUARD_OFF,
     )
     return pipe, report
 

@@ -24,6 +24,7 @@ class LoadReport:
         warnings: What diffusers, transformers and this loader warned of while loading.
         load_seconds: Time of the whole call.
         environment: See `describe_environment`.
+        guard: Whether a permanent guard is on the pipeline, and how to change that.
     """
 
     model: str
@@ -41,6 +42,7 @@ class LoadReport:
     warnings: tuple
     load_seconds: float
     environment: dict
+    guard: str = "off"  # reports of before it was there still load
 
     @property
     def total_weight_bytes(self):
@@ -70,6 +72,7 @@ class LoadReport:
             ),
             ("attention", f"{self.attention}: {self.attention_reason}"),
             *(("casts", f"at the border of {name}") for name in self.border_casts),
+            ("guard", self.guard),
             *(("notice", notice) for notice in self.notices),
             *(("warning", warning) for warning in self.warnings),
             (
