@@ -163,7 +163,8 @@ def judge_numbers(bad: BadOp) -> Cause:
         "float64_largest": reference.largest,
         "dtype_maximum": reference.maximum,
     }
-    if reference.nan_count or (reference.inf_count and divides(bad.op)):
+    is_infinite_by_itself = divides(bad.op) or "inf" in bad.options.values()
+    if reference.nan_count or (reference.inf_count and is_infinite_by_itself):
         return Cause(
             "invalid-arithmetic",
             evidence,

@@ -25,6 +25,8 @@ class Diagnosis:
         remedy: The smallest change, in one sentence.
         proven: Whether the run with the remedy came out valid; None if it was not tried.
         proof: What was run to prove it, in one sentence, or why nothing was.
+        reproduction: For a backend fault, a script of at most 30 lines with torch alone that shows
+            it; else None.
         bad_op: The first bad op with what it was given, or None.
         environment: Versions, chip, device; nothing personal.
         emulated: Which emulation it ran under, or None.
@@ -39,6 +41,7 @@ class Diagnosis:
     remedy: str = ""
     proven: bool | None = None
     proof: str = ""
+    reproduction: str | None = None
     bad_op: BadOp | None = None
     environment: dict = field(default_factory=dict)
     emulated: str | None = None

@@ -1,10 +1,10 @@
 """`diagnose`: one guarded run, one replay of the call that broke, experiments, one answer.
 
-The guard's run is the pipeline as the user runs it. When it fires, the call that broke is made again
-with the very inputs it had, under the op-level trace: first as it is, then with fresh memory filled
-with NaN, for a fault that depends on memory may not come back by itself. When nothing fires and the
-image is bad all the same, the run is repeated under the trace, to find a NaN that an op swallowed,
-and in float32, to find what float16 lost.
+The guard's run is the pipeline as the user runs it. When it fires, the call that broke is made
+again with the very inputs it had, under the op-level trace: first as it is, then with fresh memory
+filled with NaN, for a fault that depends on memory may not come back by itself. When nothing fires
+and the image is bad all the same, the run is repeated under the trace, to find a NaN that an op
+swallowed, and in float32, to find what float16 lost.
 """
 
 from dataclasses import dataclass, replace
@@ -19,6 +19,7 @@ from sdkit.diagnosis.experiments import LOW_DTYPES
 from sdkit.diagnosis.module_watch import ModuleWatch
 from sdkit.diagnosis.op_record import BadOp
 from sdkit.diagnosis.remedy import prove_remedy
+from sdkit.diagnosis.reproduction import shows_the_fault, write_reproduction
 from sdkit.diagnosis.trace import find_first_bad_op
 from sdkit.diagnosis.twin import in_float32
 from sdkit.emulate import active as find_emulation
@@ -81,10 +82,8 @@ def diagnose(pipe, prompts, *, seed=0, prove=False, **pipe_kwargs) -> Diagnosis:
         return run_guarded(pipe, prompts, seed, kept)
 
     run = call()
-    if run.finding:
-        diagnosis = examine_finding(pipe, run, call)
-    else:
-        diagnosis = examine_images(pipe, run, call)
+    examine = examine_finding if run.finding else examine_images
+    diagnosis = examine(pipe, run, call)
     if prove:
         diagnosis = prove_remedy(pipe, diagnosis, call)
     return replace(
@@ -209,20 +208,26 @@ def examine_call(pipe, run) -> Diagnosis:
     finding, call = run.finding, run.call
     root = call.component.partition(".")[0]
     component = getattr(pipe, root)
-    for attempt, memory in enumerate(MEMORIES, start=1):
-        bad = find_first_bad_op(lambda: make_call(pipe, call), {root: component}, memory=memory)
-        if bad:
-            break
-    else:
+    bad, replays, memory = break_again(pipe, call, {root: component})
+    if bad is None:
         return describe_fleeting(finding, root, run.suspect, is_compiled(component))
     cause = find_cause(bad)
-    replay = {"replays": attempt}
+    replay = {"replays": replays}
     if memory:
         replay["fresh_memory_in_the_replay"] = f"filled with {memory} on purpose"
     if is_compiled(component):
         replay["compiled"] = "found in an eager replay; what was compiled was not looked into"
     cause = replace(cause, evidence={**cause.evidence, **replay})
     return describe(finding.stage, finding.step, bad.module, bad, cause)
+
+
+def break_again(pipe, call, modules):
+    """Replays a call until it breaks: (the bad op or None, replays, what fresh memory held)."""
+    for replays, memory in enumerate(MEMORIES, start=1):
+        bad = find_first_bad_op(lambda: make_call(pipe, call), modules, memory=memory)
+        if bad:
+            return bad, replays, memory
+    return None, len(MEMORIES), None
 
 
 def make_call(pipe, call: ComponentCall):
@@ -262,15 +267,23 @@ def describe_fleeting(finding, root, suspect, compiled) -> Diagnosis:
 
 
 def describe(stage, step, module, bad: BadOp | None, cause: Cause) -> Diagnosis:
-    """Puts a place and a cause together."""
+    """Puts a place and a cause together; a fault of the backend gets its reproduction."""
+    evidence, script = cause.evidence, None
+    breaks_its_contract = cause.name == "uninitialised-memory" and bad.call.ignored
+    if bad and (cause.name == "backend-fault" or breaks_its_contract):
+        script = write_reproduction(bad)
+        if not shows_the_fault(script):
+            script = None
+            evidence = {**evidence, "reproduction": "inputs drawn anew do not show it"}
     return Diagnosis(
         stage=stage,
         step=step,
         module=plain_path(cause.module or module),
         op=bad and bad.op,
         cause=cause.name,
-        evidence=cause.evidence,
+        evidence=evidence,
         remedy=cause.remedy,
+        reproduction=script,
         bad_op=bad,
     )
 

@@ -1,6 +1,6 @@
 """Names the first module of a run with a non-finite output, for faults that do not come again.
 
-One flag a module call stays on the device until a guard fires: no synchronisation, no op-level cost.
+One flag a module call stays on the device until a guard fires: no synchronisation, no cost an op.
 """
 
 from contextlib import ExitStack, contextmanager
@@ -10,7 +10,7 @@ from sdkit.finding import find_tensors
 
 
 class ModuleWatch:
-    """Remembers, for the component call that is running, whether each module's output was finite."""
+    """Remembers, for the component call that is running, whether each module's output is finite."""
 
     def __init__(self):
         self.flags = []  # (path, tensor that is True if the output is finite), in order

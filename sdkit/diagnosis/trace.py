@@ -13,6 +13,7 @@ Three rules keep it honest:
 
 import linecache
 import sys
+from bisect import bisect_right
 from collections import deque
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -48,7 +49,7 @@ def find_first_bad_op(call, modules, *, look_for="bad", memory=None, outside_onl
 
     Args:
         call: A function without arguments, such as `lambda: pipe.unet(**kwargs)`.
-        modules: {dotted path: module} of the components that take part, such as {"unet": pipe.unet}.
+        modules: {name: component} of those that take part, such as {"unet": pipe.unet}.
         look_for: "bad" stops at the first op that makes NaN or Inf. "swallowed" goes on from there
             and stops at the op that loses it again. "flushed" stops at the first op in float16 or
             bfloat16 that rounds most of its values to zero.
@@ -81,6 +82,7 @@ class OpTrace(TorchDispatchMode):
         self.producer = None
         self.before = deque(maxlen=OPS_BEFORE)
         self.running = []  # paths of the modules that are running, innermost last
+        self.changes = []  # (autograd sequence number, path that runs from there on), in order
         self.undefined = {}  # {storage: op that gave it out}
         self.weights = {}  # {storage: name}
 
@@ -102,10 +104,12 @@ class OpTrace(TorchDispatchMode):
 
         def enter(module, args):
             self.running.append(path)
+            self.changes.append((torch._C._autograd._get_sequence_nr(), path))
 
         def leave(module, args, output):
             if self.running and self.running[-1] == path:
                 self.running.pop()
+            self.changes.append((torch._C._autograd._get_sequence_nr(), self.module))
 
         before = module.register_forward_pre_hook(enter, prepend=True)
         after = module.register_forward_hook(leave, always_call=True)
@@ -114,8 +118,14 @@ class OpTrace(TorchDispatchMode):
 
     @property
     def module(self):
-        """Path of the innermost module that is running."""
-        return self.running[-1] if self.running else next(iter(self.modules), "")
+        """Path of the innermost module that is running, in a backward that of its forward."""
+        if self.running:
+            return self.running[-1]
+        node = torch._C._current_autograd_node()
+        if node and self.changes:
+            index = bisect_right(self.changes, node._sequence_nr(), key=lambda change: change[0])
+            return self.changes[max(0, index - 1)][1]
+        return next(iter(self.modules), "")
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}

@@ -56,7 +56,8 @@ def mps(memory="zeros", faults=("baddbmm-beta-zero",), *, seed=0):
         stacklevel=3,  # through contextlib, to the user's `with`
     )
     runner = make_runner(memory, faults, seed)
-    with emulating(runner, description) as emulation, RefuseFloat64Factories(emulation):
+    settings = {"memory": memory, "faults": [fault.name for fault in faults], "seed": seed}
+    with emulating(runner, description, settings) as emulation, RefuseFloat64Factories(emulation):
         yield
 
 

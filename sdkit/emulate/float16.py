@@ -39,7 +39,7 @@ def float16_arithmetic():
         https://docs.pytorch.org/docs/stable/notes/numerical_accuracy.html
         Higham, "Accuracy and Stability of Numerical Algorithms", 2002, chapter 3 (sums).
     """
-    with emulating(compute, "emulated float16 arithmetic (wide accumulation)"):
+    with emulating(compute, "emulated float16 arithmetic (wide accumulation)", {}):
         yield
 
 

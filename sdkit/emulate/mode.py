@@ -18,10 +18,11 @@ class EmulationWarning(UserWarning):
 class Emulation(TorchDispatchMode):
     """Hands every aten op of the thread to `run(func, args, kwargs)`, and undoes itself."""
 
-    def __init__(self, run, description):
+    def __init__(self, run, description, settings):
         super().__init__()
         self.run = run
         self.description = description
+        self.settings = settings
         self.shadows = 0  # emulations entered inside this one: the innermost alone acts
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
@@ -43,13 +44,13 @@ def is_composite(func) -> bool:
 
 
 @contextmanager
-def emulating(run, description):
+def emulating(run, description, settings):
     """Run the body under `run`; the emulations around it rest until it ends."""
     outer = find_emulations()
     for emulation in outer:
         emulation.shadows += 1
     try:
-        with Emulation(run, description) as emulation:
+        with Emulation(run, description, settings) as emulation:
             yield emulation
     finally:
         for emulation in outer:
@@ -71,6 +72,12 @@ def active() -> str | None:
     """
     emulations = find_emulations()
     return emulations[-1].description if emulations else None
+
+
+def find_settings() -> dict | None:
+    """With which arguments the acting emulation was entered, as JSON types; None outside of all."""
+    emulations = find_emulations()
+    return emulations[-1].settings if emulations else None
 
 
 @contextmanager

@@ -25,6 +25,7 @@ from PIL import Image
 from sdkit.device import MemoryMeter, synchronize
 from sdkit.finding import NonFiniteError
 from sdkit.generation.caught_warnings import CaughtWarnings
+from sdkit.generation.incident import INCIDENT_FOLDER, save_incident
 from sdkit.generation.record import (
     RECORD_NAME,
     ImageRecord,
@@ -76,11 +77,13 @@ class ImageRun:
         except NonFiniteError as error:
             unfinished = self._describe_unfinished(indices, error.finding)
             self.images += unfinished
+            self._save_incidents(unfinished, report)
             raise self._failure(unfinished[0]) from error
         self.seconds.append((self._read_clock() - started, len(indices)))
         images = self._judge(indices, output, report)
         for image in images:
             self.images.append(self._save_image(image) if image.valid else image)
+        self._save_incidents(images, report)
         for image in images:
             if self.raises and not image.valid:
                 raise self._failure(image)
@@ -204,6 +207,17 @@ class ImageRun:
         with _explain_failure_to_write(path):
             save_png(image.pil_image, path, self._describe_origin(image))
         return replace(image, path=path.name)
+
+    def _save_incidents(self, images, report):
+        """Writes a bundle for each invalid image, if there is a folder."""
+        for image in images if self.folder else ():
+            if not image.valid:
+                found = image.finding["message"] if image.finding else None
+                call = report.bad_call if report and found == report[0].message else None
+                folder = self.folder / INCIDENT_FOLDER.format(image.index)
+                with _explain_failure_to_write(folder):
+                    run = self._describe()
+                    save_incident(folder, run=run, image=image, pipe=self.pipe, call=call)
 
     def _describe_origin(self, image):
         """What the PNG says about itself."""

@@ -12,6 +12,7 @@ from pathlib import Path
 
 from PIL import Image, ImageOps
 
+from sdkit.generation.incident import INCIDENT_FOLDER
 from sdkit.generation.record import RECORD_NAME, hash_pixels
 from sdkit.run_folder import replace_file
 from sdkit.validation import ValidationError
@@ -179,6 +180,8 @@ def prepare_folder(output_folder, request):
         (folder / ".sdkit-trial").unlink()
         for name in [RECORD_NAME, *map(request.file_name, range(len(request)))]:
             (folder / name).unlink(missing_ok=True)
+        for index in range(len(request)):
+            shutil.rmtree(folder / INCIDENT_FOLDER.format(index), ignore_errors=True)
         free = shutil.disk_usage(folder).free
     except (OSError, ValueError) as error:  # ValueError: a path with a zero byte
         reason = getattr(error, "strerror", None) or error

@@ -19,6 +19,7 @@ from sdkit.loading.single_file import describe_hub_failure, find_config_folder
 from sdkit.validation import ValidationError
 
 # Gone from the Hub in 2024; the live copies are these.
+MINI_ID = "sdkit/mini"  # what records call the bundled model
 RENAMED = {
     "runwayml/stable-diffusion-v1-5": "stable-diffusion-v1-5/stable-diffusion-v1-5",
     "runwayml/stable-diffusion-inpainting": "stable-diffusion-v1-5/stable-diffusion-inpainting",
@@ -80,12 +81,13 @@ def find_checkpoint(model, *, variant=None, config=None, local_files_only=False)
     """
     asked = str(model)
     path = Path(asked)
-    if asked != "mini" and path.is_file():
+    is_mini = asked in ("mini", MINI_ID)
+    if not is_mini and path.is_file():
         return _look_at_file(path, asked, variant, config, local_files_only)
     if config is not None:
         raise ValidationError(f"{asked}: config={str(config)!r} is for single files only.")
-    if asked == "mini":
-        return replace(_look_at_folder(_find_mini(), asked, variant), resolved="sdkit/mini")
+    if is_mini:
+        return replace(_look_at_folder(_find_mini(), asked, variant), resolved=MINI_ID)
     if path.is_dir():
         return _look_at_folder(path, asked, variant)
     looks_like_id = asked.count("/") == 1 and not asked.startswith((".", "/", "~"))

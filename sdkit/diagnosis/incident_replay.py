@@ -1,0 +1,126 @@
+"""From an incident bundle to a diagnosis, on the machine that wrote it or on another one."""
+
+from contextlib import ExitStack
+from dataclasses import replace
+
+import torch
+
+from sdkit.device import describe_environment
+from sdkit.diagnosis.cause import Cause
+from sdkit.diagnosis.diagnosis import Diagnosis
+from sdkit.diagnosis.examination import Run, describe, diagnose, examine_finding, run_guarded
+from sdkit.diagnosis.remedy import prove_remedy
+from sdkit.emulate import active as find_emulation
+from sdkit.emulate.again import emulate_again
+from sdkit.finding import ComponentCall, Finding
+from sdkit.generation.incident import load_incident, make_scheduler
+from sdkit.loading import load_pipeline
+from sdkit.validation import ValidationError
+
+SLICED = ("SlicedAttnProcessor", "SlicedAttnAddedKVProcessor")
+
+
+def diagnose_incident(folder, *, model=None, backend="auto", prove=False) -> Diagnosis:
+    """Makes the call of an incident again and diagnoses it.
+
+    Args:
+        folder: The bundle.
+        model: What to load, where the record's own name is not to be found on this machine.
+        backend: As in `load_pipeline`. An emulated incident is emulated again.
+        prove: Whether to run the whole image again with the remedy.
+
+    Returns:
+        A Diagnosis; its evidence says whether the fault came back here.
+
+    Raises:
+        ValidationError: The bundle is damaged, or its model, scheduler or emulation is not to be
+            had here.
+    """
+    incident = load_incident(folder)
+    pipe = load_pipe(incident, model, backend)
+    with ExitStack() as stack:
+        try:
+            stack.enter_context(emulate_again(incident.emulation))
+        except ValueError as error:
+            raise ValidationError(f"{folder}: emulation: {error}.") from error
+        return examine_incident(pipe, incident, prove)
+
+
+def load_pipe(incident, model, backend):
+    """The pipeline of the run, before any emulation begins."""
+    run = incident.run
+    pipe, _ = load_pipeline(
+        model or run["model"],
+        backend="cpu" if incident.emulation is not None else backend,
+        dtype=dict(run["dtypes"]),
+        attention="diffusers-sliced" if set(run["attention"]) & set(SLICED) else "sdpa",
+        progress=False,
+    )
+    pipe.scheduler = make_scheduler(incident)
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+def examine_incident(pipe, incident, prove) -> Diagnosis:
+    """Makes the call of an incident again, and finds the cause."""
+    run, image = incident.run, incident.image
+    pipe_kwargs = list_pipe_kwargs(run["settings"], image)
+
+    def call(without=()):
+        return run_guarded(pipe, [image["prompt"]], image["seed"], pipe_kwargs)
+
+    if incident.call is None:
+        return diagnose(pipe, image["prompt"], seed=image["seed"], prove=prove, **pipe_kwargs)
+    finding = read_finding(image["finding"])
+    again = Run(finding=finding, call=move(incident.call, pipe._execution_device))
+    diagnosis = examine_finding(pipe, again, call)
+    recorded = f"{finding.device}, torch {run['environment'].get('torch')}"
+    evidence = {**diagnosis.evidence, "recorded_on": recorded}
+    if diagnosis.bad_op is None and diagnosis.cause == "backend-fault":
+        diagnosis = describe(
+            finding.stage, finding.step, diagnosis.module, None,
+            Cause(
+                "undecided",
+                {**evidence, "came_back_here": False},
+                "The same call on the same numbers is finite here: run `sdkit diagnose --incident` "
+                "on the machine that recorded it, where its backend is the suspect.",
+            ),
+        )  # fmt: skip
+    else:
+        diagnosis = replace(diagnosis, evidence={**evidence, "came_back_here": True})
+        diagnosis = prove_remedy(pipe, diagnosis, call) if prove else diagnosis
+    return replace(
+        diagnosis,
+        environment=describe_environment(pipe._execution_device.type),
+        emulated=find_emulation(),
+    )
+
+
+def read_finding(recorded: dict) -> Finding:
+    """The guard's finding as it was."""
+    known = {name: recorded[name] for name in Finding.__dataclass_fields__}
+    return Finding(**{**known, "rows": tuple(recorded["rows"])})
+
+
+def list_pipe_kwargs(settings: dict, image: dict) -> dict:
+    """The pipeline's arguments for one image of a recorded run."""
+    ours = ("batch_size", "on_nonfinite", "image_to_image")
+    pipe_kwargs = {name: value for name, value in settings.items() if name not in ours}
+    if image.get("negative_prompt"):
+        pipe_kwargs["negative_prompt"] = image["negative_prompt"]
+    return pipe_kwargs
+
+
+def move(call: ComponentCall, device) -> ComponentCall:
+    """The call with its tensors on a device."""
+
+    def take(value):
+        if isinstance(value, torch.Tensor):
+            return value.to(device)
+        if isinstance(value, dict):
+            return {key: take(item) for key, item in value.items()}
+        if isinstance(value, (list, tuple)):
+            return type(value)(map(take, value))
+        return value
+
+    return replace(call, args=take(call.args), kwargs=take(call.kwargs))

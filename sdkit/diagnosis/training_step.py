@@ -1,0 +1,53 @@
+"""The first bad op of a training step, forward or backward, with its cause."""
+
+from sdkit.diagnosis.cause import find_cause
+from sdkit.diagnosis.diagnosis import Diagnosis
+from sdkit.diagnosis.trace import find_first_bad_op
+from sdkit.emulate import active as find_emulation
+
+
+def diagnose_training_step(measure_loss, modules) -> Diagnosis:
+    """Measures a loss, goes backward, and names the first op that made NaN or Inf.
+
+    The gradients that the parameters had stay as they were; no optimiser is stepped. An op of the
+    backward is put down to the module whose forward it undoes.
+
+    Args:
+        measure_loss: Function without arguments that returns a scalar loss.
+        modules: {name: module} of what is trained, such as {"unet": pipe.unet}.
+
+    Returns:
+        A Diagnosis: `module` and `op` are of the forward, or of the backward, which the evidence
+        tells (`"pass"`). Its cause is "healthy" if loss and gradients are finite.
+    """
+    parameters = [p for module in modules.values() for p in module.parameters()]
+    kept = [parameter.grad for parameter in parameters]
+    progress = {"pass": "forward"}
+
+    def step():
+        loss = measure_loss()
+        progress["pass"] = "backward"
+        loss.backward()
+
+    try:
+        for parameter in parameters:
+            parameter.grad = None
+        bad = find_first_bad_op(step, modules)
+    finally:
+        for parameter, gradient in zip(parameters, kept, strict=True):
+            parameter.grad = gradient
+    if bad is None:
+        return Diagnosis("none", None, None, None, "healthy", emulated=find_emulation())
+    cause = find_cause(bad)
+    root = (cause.module or bad.module).partition(".")[0]
+    return Diagnosis(
+        stage="text_encoder" if root.startswith("text_encoder") else root,
+        step=None,
+        module=cause.module or bad.module,
+        op=bad.op,
+        cause=cause.name,
+        evidence={**progress, **cause.evidence},
+        remedy=cause.remedy,
+        bad_op=bad,
+        emulated=find_emulation(),
+    )

@@ -1,0 +1,183 @@
+"""The incident bundle: what is needed to find out, here or elsewhere, why an image was invalid.
+
+    incident_000/
+        incident.json      the run, the image, the finding, scheduler, environment, emulation
+        call.safetensors   what the call that broke was given: the last finite latents among it
+
+Nothing personal is in it but the prompt: no path, no user, no image.
+"""
+
+import json
+import shutil
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import diffusers
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+
+from sdkit.emulate.mode import find_settings, suspended
+from sdkit.finding import ComponentCall
+from sdkit.generation.record import plain
+from sdkit.validation import ValidationError
+
+INCIDENT_VERSION = 1
+INCIDENT_FOLDER = "incident_{:03}"
+INCIDENT_NAME, CALL_NAME = "incident.json", "call.safetensors"
+TENSOR, TUPLE = "__tensor__", "__tuple__"
+
+
+@dataclass(frozen=True)
+class Incident:
+    """One invalid image, as it can be read back.
+
+    Attributes:
+        run: What the run's record says: settings, model, pipeline, device, dtypes, environment.
+        image: What the image's record says: prompt, seed, problem, finding.
+        scheduler: Class name and configuration.
+        emulation: As `find_settings` gives it, or None.
+        call: The component call that broke, on the CPU; None if every component was finite.
+    """
+
+    run: dict
+    image: dict
+    scheduler: dict
+    emulation: dict | None
+    call: ComponentCall | None
+
+
+def save_incident(folder, *, run, image, pipe, call) -> Path:
+    """Writes an incident bundle, whole or not at all, over one of that name.
+
+    Args:
+        folder: Where it goes.
+        run: The RunRecord so far.
+        image: The ImageRecord of the invalid image.
+        pipe: The pipeline, for its scheduler.
+        call: The ComponentCall that broke, or None.
+
+    Returns:
+        The folder.
+
+    Raises:
+        OSError: It cannot be written; nothing of it is left.
+    """
+    folder = Path(folder)
+    partial = folder.with_name(f".{folder.name}.part")
+    shutil.rmtree(partial, ignore_errors=True)
+    tensors: dict[str, torch.Tensor] = {}
+    kept_run = {name: value for name, value in asdict(run).items() if name != "images"}
+    kept_image = {name: value for name, value in vars(image).items() if name != "pil_image"}
+    content = {
+        "version": INCIDENT_VERSION,
+        "run": plain(kept_run),
+        "image": plain(kept_image),
+        "scheduler": {
+            "class": type(pipe.scheduler).__name__,
+            "config": plain(dict(pipe.scheduler.config)),
+        },
+        "emulation": find_settings(),
+        "call": call
+        and {
+            "component": call.component,
+            "args": pack(call.args, tensors, "args"),
+            "kwargs": pack(call.kwargs, tensors, "kwargs"),
+        },
+    }
+    try:
+        partial.mkdir(parents=True)
+        (partial / INCIDENT_NAME).write_text(json.dumps(content, indent=2) + "\n")
+        with suspended():
+            save_file(tensors, partial / CALL_NAME)
+        shutil.rmtree(folder, ignore_errors=True)
+        partial.rename(folder)
+    except SafetensorError as error:  # how safetensors says that the disk is full
+        raise OSError(str(error)) from error
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+    return folder
+
+
+def load_incident(folder) -> Incident:
+    """Reads an incident bundle.
+
+    Raises:
+        ValidationError: It is none, or it is damaged; the message says what is wrong with it.
+    """
+    folder = Path(folder)
+    if not (folder / INCIDENT_NAME).is_file():
+        raise ValidationError(
+            f"{folder}: has no {INCIDENT_NAME}. Expected a folder that generate wrote beside its "
+            "images, such as incident_000."
+        )
+    try:
+        content = json.loads((folder / INCIDENT_NAME).read_text())
+        tensors = load_file(folder / CALL_NAME)
+        call = content["call"]
+        if content["version"] != INCIDENT_VERSION:
+            raise ValidationError(
+                f"{folder}: version {content['version']}, expected {INCIDENT_VERSION}. "
+                "Read it with the sdkit that wrote it."
+            )
+        return Incident(
+            run=content["run"],
+            image=content["image"],
+            scheduler=content["scheduler"],
+            emulation=content["emulation"],
+            call=call
+            and ComponentCall(
+                call["component"], unpack(call["args"], tensors), unpack(call["kwargs"], tensors)
+            ),
+        )
+    except (json.JSONDecodeError, UnicodeDecodeError, SafetensorError, OSError) as error:
+        reason = " ".join(str(error).split())
+        raise ValidationError(
+            f"{folder}: damaged ({reason}). Run it again to get another."
+        ) from error
+    except (KeyError, TypeError, AttributeError) as error:
+        raise ValidationError(
+            f"{folder}: incomplete ({type(error).__name__}: {error}). Run it again to get another."
+        ) from error
+
+
+def make_scheduler(incident: Incident):
+    """The scheduler of the run, of diffusers' class by that name.
+
+    Raises:
+        ValidationError: diffusers knows no such scheduler.
+    """
+    name = incident.scheduler.get("class")
+    scheduler = getattr(diffusers, str(name), None)
+    if not hasattr(scheduler, "from_config"):
+        raise ValidationError(
+            f"scheduler: diffusers {diffusers.__version__} has no {name!r}. Install the version of "
+            f"the incident ({incident.run.get('environment', {}).get('diffusers')})."
+        )
+    return scheduler.from_config(incident.scheduler["config"])
+
+
+def pack(value, tensors: dict, name: str):
+    """JSON types for a call's arguments; tensors go into `tensors` and leave their names."""
+    if isinstance(value, torch.Tensor):
+        with suspended():
+            tensors[name] = value.detach().cpu().contiguous().clone()
+        return {TENSOR: name}
+    if isinstance(value, tuple):
+        return {TUPLE: [pack(item, tensors, f"{name}.{i}") for i, item in enumerate(value)]}
+    if isinstance(value, list):
+        return [pack(item, tensors, f"{name}.{i}") for i, item in enumerate(value)]
+    if isinstance(value, dict):
+        return {key: pack(item, tensors, f"{name}.{key}") for key, item in value.items()}
+    return plain(value)
+
+
+def unpack(value, tensors: dict):
+    """What `pack` was given."""
+    if isinstance(value, dict):
+        if TENSOR in value:
+            return tensors[value[TENSOR]]
+        if TUPLE in value:
+            return tuple(unpack(item, tensors) for item in value[TUPLE])
+        return {key: unpack(item, tensors) for key, item in value.items()}
+    return [unpack(item, tensors) for item in value] if isinstance(value, list) else value

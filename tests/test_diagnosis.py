@@ -1,0 +1,192 @@
+"""Plant a fault, then demand the op, its cause, and a proof; plant none, and demand silence."""
+
+import json
+
+import pytest
+import torch
+from diffusers.models.attention_processor import AttnProcessor, AttnProcessor2_0
+from tiny_pipelines import build_tiny_pipe
+
+from sdkit import diagnose
+from sdkit.diagnosis import CAUSES
+from sdkit.emulate import Fault, float16_arithmetic, mps
+from sdkit.validation import ValidationError
+
+FAST = {"num_inference_steps": 3}
+NAN = float("nan")
+CONV = "unet.mid_block.resnets.0.conv1"
+ATTENTION = "unet.down_blocks.0.attentions.0.transformer_blocks.0.attn1"
+
+
+def hooks_modes_and_methods(pipe):
+    """All that a diagnosis could leave behind."""
+    modules = [
+        m for c in pipe.components.values() if isinstance(c, torch.nn.Module) for m in c.modules()
+    ]
+    return [
+        (
+            dict(m._forward_hooks),
+            dict(m._forward_pre_hooks),
+            sorted(vars(m)),
+            id(m.forward.__func__),
+        )
+        for m in modules
+    ]
+
+
+def weights(pipe):
+    return {n: p.clone() for n, p in pipe.unet.named_parameters()}
+
+
+def overflow(pipe):
+    """A convolution whose result float16 cannot hold and float32 can."""
+    with torch.no_grad():
+        pipe.unet.get_submodule("mid_block.resnets.0.conv1").bias.fill_(6e4)
+        pipe.unet.get_submodule("mid_block.resnets.0.time_emb_proj").bias.fill_(6e4)
+
+
+def test_healthy(tiny_pipe):
+    diagnosis = diagnose(tiny_pipe, "a shoe", **FAST)
+    assert (diagnosis.cause, diagnosis.stage, diagnosis.module) == ("healthy", "none", None)
+    assert diagnosis.is_healthy and diagnosis.cause in CAUSES
+
+
+def test_the_op_the_module_and_the_source_line_are_named(tiny_pipe):
+    overflow(tiny_pipe)
+    with float16_arithmetic():
+        diagnosis = diagnose(tiny_pipe.to(torch.float16), "a shoe", prove=True, **FAST)
+    assert (diagnosis.stage, diagnosis.step, diagnosis.cause) == ("unet", 0, "range-overflow")
+    assert (diagnosis.module, diagnosis.op) == ("unet.mid_block.resnets.0", "aten.add.Tensor")
+    assert diagnosis.bad_op.source.startswith("resnet.py:")
+    assert "temb" in diagnosis.bad_op.source_line
+    assert diagnosis.evidence["float64_largest"] > diagnosis.evidence["dtype_maximum"] == 65504
+    assert len(diagnosis.bad_op.before) > 3 and "conv1" in " ".join(diagnosis.bad_op.before)
+    assert diagnosis.proven and "in float32" in diagnosis.remedy
+
+
+def test_slicing_on_stale_memory_is_proven_and_reproduced(tiny_pipe):
+    tiny_pipe.enable_attention_slicing("max")
+    before = tiny_pipe.unet.attn_processors
+    with mps(memory="nan"):
+        diagnosis = diagnose(tiny_pipe.to(torch.float16), "a shoe", prove=True, **FAST)
+    assert (diagnosis.cause, diagnosis.module) == ("uninitialised-memory", ATTENTION)
+    assert diagnosis.op.startswith("aten.baddbmm")
+    assert diagnosis.evidence["ignored_by_contract"] == ["self"]
+    assert diagnosis.proven and "SDPA" in diagnosis.proof
+    assert tiny_pipe.unet.attn_processors == before
+    assert "emulated" in diagnosis.emulated
+    assert len(diagnosis.reproduction.splitlines()) <= 30
+
+
+def test_the_same_pipeline_with_zeroed_memory_is_healthy(tiny_pipe):
+    tiny_pipe.enable_attention_slicing("max")
+    with mps(memory="zeros"):
+        assert diagnose(tiny_pipe.to(torch.float16), "a shoe", **FAST).cause == "healthy"
+
+
+def test_the_reproduction_needs_only_torch(tiny_pipe, tmp_path, monkeypatch):
+    tiny_pipe.enable_attention_slicing("max")
+    with mps(memory="nan"):
+        script = diagnose(tiny_pipe.to(torch.float16), "a shoe", **FAST).reproduction
+    imports = [line for line in script.splitlines() if "import" in line]
+    assert imports == ["import sys", "import torch"]
+    monkeypatch.setattr("sys.argv", ["reproduction.py", "cpu"])
+    with pytest.raises(SystemExit) as honest:
+        exec(compile(script, "reproduction.py", "exec"), {})
+    assert honest.value.code is False  # an honest CPU ignores the NaN in the buffer
+
+
+def test_an_inf_constant_is_no_overflow(tiny_pipe):
+    conv = tiny_pipe.unet.get_submodule("mid_block.resnets.0.conv1")
+    conv.register_forward_hook(lambda module, args, output: output.fill_(float("inf")))
+    diagnosis = diagnose(tiny_pipe, "a shoe", **FAST)
+    assert (diagnosis.cause, diagnosis.module) == ("invalid-arithmetic", CONV)
+
+
+def test_a_fault_that_never_comes_back_still_has_its_module(tiny_pipe):
+    struck = []
+
+    def strike_once(func, args, kwargs, compute):
+        result = compute(func, args, kwargs)
+        if result.shape == (2, 64, 4, 4):
+            struck.append(1)
+            if len(struck) == 7:
+                result[0, 0, 0, 0] = NAN
+        return result
+
+    fault = Fault("once", ("aten.convolution",), (), "", strike_once)
+    with mps(faults=(fault,)):
+        diagnosis = diagnose(tiny_pipe, "a shoe", **FAST)
+    assert (diagnosis.stage, diagnosis.cause, diagnosis.op) == ("unet", "backend-fault", None)
+    assert diagnosis.module.startswith("unet.") and "finite_replays" in diagnosis.evidence
+
+
+@pytest.mark.parametrize("prove", [False, True])
+def test_nothing_stays_on_the_pipeline(tiny_pipe, prove):
+    tiny_pipe.unet.set_attn_processor(AttnProcessor())
+    overflow(tiny_pipe)
+    tiny_pipe.to(torch.float16)
+    before, weights_before = hooks_modes_and_methods(tiny_pipe), weights(tiny_pipe)
+    with float16_arithmetic():
+        diagnose(tiny_pipe, "a shoe", prove=prove, **FAST)
+    assert hooks_modes_and_methods(tiny_pipe) == before
+    after = weights(tiny_pipe)
+    assert all(torch.equal(after[n], weights_before[n]) for n in after)
+    assert all(after[n].dtype is torch.float16 for n in after)
+
+
+def test_a_nan_that_an_op_swallows_is_found(tiny_pipe):
+    norm = tiny_pipe.vae.decoder.conv_norm_out
+    norm.register_forward_hook(lambda module, args, output: (output / 0 * 0).nan_to_num(0.0))
+    with torch.no_grad():
+        tiny_pipe.vae.decoder.conv_out.weight.zero_()
+        tiny_pipe.vae.decoder.conv_out.bias.fill_(-2)  # black, with nothing to warn of
+    diagnosis = diagnose(tiny_pipe, "a shoe", **FAST)
+    assert (diagnosis.cause, diagnosis.stage) == ("hidden-nan", "vae")
+    assert diagnosis.module == "vae.decoder.conv_norm_out"
+    assert "nan_to_num" in diagnosis.evidence["swallowed_by"]
+
+
+def test_json_holds_everything_but_tensors(tiny_pipe):
+    overflow(tiny_pipe)
+    with float16_arithmetic():
+        diagnosis = diagnose(tiny_pipe.to(torch.float16), ["a", "b"], seed=3, **FAST)
+    content = json.loads(diagnosis.to_json())
+    assert content["bad_op"]["module"] == diagnosis.module
+    assert content["bad_op"]["outputs"][0]["inf_count"] > 0
+    assert content["environment"]["torch"] == torch.__version__
+    assert "call" not in content["bad_op"]
+    assert diagnosis.cause in str(diagnosis) and diagnosis.message.startswith(
+        "range-overflow: unet"
+    )
+
+
+def test_a_compiled_unet_is_diagnosed_in_eager_and_says_so(tiny_pipe):
+    overflow(tiny_pipe)
+    tiny_pipe.unet.compile(backend="eager")
+    with float16_arithmetic():
+        diagnosis = diagnose(tiny_pipe.to(torch.float16), "a shoe", **FAST)
+    assert diagnosis.module == "unet.mid_block.resnets.0"
+    assert "eager" in diagnosis.evidence["compiled"]
+
+
+@pytest.mark.parametrize(
+    ("spoil", "prompts", "words"),
+    [
+        (lambda pipe: None, [], "prompts"),
+        (lambda pipe: None, [3], r"prompts\[0\]"),
+        (lambda pipe: setattr(pipe, "unet", None), "a", "unet or a transformer"),
+        (lambda pipe: setattr(pipe, "scheduler", pipe.tokenizer), "a", "scheduler: CLIPTok"),
+        (lambda pipe: pipe.vae.to("meta"), "a", "vae on meta"),
+    ],
+)
+def test_bad_input_is_one_clear_error(tiny_pipe, spoil, prompts, words):
+    spoil(tiny_pipe)
+    with pytest.raises(ValidationError, match=words):
+        diagnose(tiny_pipe, prompts, **FAST)
+
+
+def test_sdpa_is_left_alone_where_it_was(tokenizer_folder):
+    pipe = build_tiny_pipe(tokenizer_folder)
+    diagnose(pipe, "a shoe", prove=True, **FAST)
+    assert all(type(p) is AttnProcessor2_0 for p in pipe.unet.attn_processors.values())
