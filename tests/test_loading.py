@@ -26,7 +26,7 @@ from sdkit.generation import generate
 from sdkit.guarding import guard, remove_guard
 from sdkit.loading import LoadReport, PrecisionWarning, load_pipeline
 from sdkit.loading.border_casts import install_border_casts, remove_border_casts
-from sdkit.loading.dtype_policy import choose_dtypes, find_cautions
+from sdkit.loading.dtype_policy import choose_dtypes, find_cautions, find_memory_caution
 from sdkit.loading.weights import check_components
 from sdkit.validation import ValidationError
 
@@ -415,6 +415,24 @@ def test_the_policy_of_each_device_has_its_reason():
     dtypes, reason = policy("mps", available_gib=5.0, macos="13.6")
     assert dtypes == {"default": "float16", "vae": "float32"}
     assert "13.6 has no bfloat16" in reason
+
+
+def test_where_nothing_fits_the_smallest_is_taken_under_a_warning_of_its_own():
+    dtypes, reason = policy("mps", available_gib=1.0)
+    assert dtypes == {"default": "bfloat16", "vae": "float32"}
+    assert "does not fit" in reason
+    # 2.2 GiB: half of float32's 4, and the VAE's other half.
+    (caution,) = find_memory_caution("mps", weights_gib=2.2, available_gib=1.0)
+    assert "does not suffice: about 3.5 GiB needed in these dtypes, 1.0 GiB available" in caution
+    assert find_memory_caution("mps", weights_gib=2.2, available_gib=3.6) == []
+    assert find_memory_caution("cpu", weights_gib=2.2, available_gib=1.0) == []
+
+
+def test_the_report_warns_where_memory_does_not_suffice(tiny_folder, monkeypatch):
+    monkeypatch.setattr("sdkit.loading.pipeline.measure_available_gib", lambda device: 0.0)
+    with mps(), pytest.warns(PrecisionWarning, match="memory does not suffice"):
+        _, report = load(tiny_folder)
+    assert "does not suffice" in report.warnings[0]
 
 
 def test_float16_on_mps_comes_with_a_caution_that_names_the_cure():

@@ -23,7 +23,8 @@ def choose_dtypes(device_type, *, float32_gib, available_gib, macos="", device_n
     which gives NaN. MPS: float32 where it fits; else bfloat16 with a float32 VAE, since bfloat16
     has float32's range and cannot overflow where float16 does (it is coarser: 41-48 dB instead of
     52-70 dB against float32 on a small model); else, before macOS 14, which brought bfloat16,
-    float16 with a float32 VAE, under a warning.
+    float16 with a float32 VAE, under a warning. Where nothing fits, the smallest of these is taken
+    all the same: `find_memory_caution` says so.
 
     Args:
         device_type: "mps", "cuda" or "cpu".
@@ -48,8 +49,6 @@ def choose_dtypes(device_type, *, float32_gib, available_gib, macos="", device_n
     memory = f"about {needed_gib:.1f} GiB needed as float32, {available_gib:.1f} GiB available"
     if needed_gib <= available_gib:
         return {"default": "float32"}, f"MPS: float32 is stable and fits ({memory})"
-    if needed_gib / 2 > available_gib:
-        memory += "; not even half of that fits: expect swapping, or close other programs"
     if int((macos or "0").split(".")[0]) >= 14:
         return {"default": "bfloat16", "vae": "float32"}, (
             f"MPS: float32 does not fit ({memory}); bfloat16 has its range, the VAE stays float32"
@@ -126,6 +125,27 @@ def find_cautions(device_type, dtypes):
     return [
         "float16 on MPS is where black images come from: keep the guard on, and see "
         "notebooks/01_diagnose_black_images.ipynb"
+    ]
+
+
+def find_memory_caution(device_type, *, weights_gib, available_gib):
+    """Returns what to say where a model is too large for the machine, from plain values.
+
+    Args:
+        device_type: "mps", "cuda" or "cpu". What a weight needs was measured on MPS alone.
+        weights_gib: What the weights take in the dtypes that they got.
+        available_gib: Memory that was free for them before.
+
+    Returns:
+        One line, or none: as `find_cautions` does.
+    """
+    needed_gib = weights_gib * MEMORY_PER_WEIGHT
+    if device_type != "mps" or needed_gib <= available_gib:
+        return []
+    return [
+        f"memory does not suffice: about {needed_gib:.1f} GiB needed in these dtypes, "
+        f"{available_gib:.1f} GiB available; expect swapping or a stop. Close other programs, or "
+        "choose a smaller model"
     ]
 
 

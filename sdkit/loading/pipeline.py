@@ -26,6 +26,7 @@ from sdkit.loading.dtype_policy import (
     choose_dtypes,
     dtype_name,
     find_cautions,
+    find_memory_caution,
 )
 from sdkit.loading.load_warnings import collect_warnings, refuse_invented_weights
 from sdkit.loading.report import LoadReport
@@ -98,7 +99,8 @@ def load_pipeline(
             model, variant=variant, config=config, local_files_only=local_files_only
         )
         environment = describe_environment(str(device))
-        dtypes, dtype_reason = _decide_dtypes(dtype, checkpoint, device, environment)
+        available_gib = measure_available_gib(device)
+        dtypes, dtype_reason = _decide_dtypes(dtype, checkpoint, device, environment, available_gib)
         pipe = _load(checkpoint, dtypes, variant)
         refuse_invented_weights(collected, checkpoint.asked)
         if device.type != "cpu":
@@ -111,7 +113,13 @@ def load_pipeline(
     else:
         attention_reason = "one fused call, diffusers' default"
     is_mps = device.type == "mps" or (find_emulation() or "").startswith("emulated MPS")
-    cautions = find_cautions("mps" if is_mps else device.type, dtypes.values())
+    device_type = "mps" if is_mps else device.type
+    weight_bytes = {name: count_weight_bytes(getattr(pipe, name)) for name in dtypes}
+    weights_gib = sum(weight_bytes.values()) / GIB
+    cautions = [
+        *find_cautions(device_type, dtypes.values()),
+        *find_memory_caution(device_type, weights_gib=weights_gib, available_gib=available_gib),
+    ]
     for caution in cautions:
         warnings.warn(caution, PrecisionWarning, stacklevel=2)
     border_casts = install_border_casts(pipe) if len(set(dtypes.values())) > 1 else ()
@@ -131,7 +139,7 @@ def load_pipeline(
         attention=attention,
         attention_reason=attention_reason,
         border_casts=border_casts,
-        weight_bytes={name: count_weight_bytes(getattr(pipe, name)) for name in dtypes},
+        weight_bytes=weight_bytes,
         notices=tuple(notices),
         warnings=(*cautions, *(line.replace(folder, checkpoint.resolved) for line in collected)),
         load_seconds=time.perf_counter() - started,
@@ -150,11 +158,11 @@ def _check_attention(attention):
         )
 
 
-def _decide_dtypes(dtype, checkpoint, device, environment):
+def _decide_dtypes(dtype, checkpoint, device, environment, available_gib):
     policy = choose_dtypes(
         device.type,
         float32_gib=count_weights(checkpoint) * 4 / GIB,
-        available_gib=measure_available_gib(device),
+        available_gib=available_gib,
         macos=environment["macos"] or "",
         device_name=environment["device_name"] or "",
     )
