@@ -102,8 +102,9 @@ def find_unsafe_processors(pipe):
             if "get_attention_scores" in names and actor is not layer:
                 names |= collect_names(type(layer), "get_attention_scores")
             if {"baddbmm", "empty"} <= names:
+                # torch.compile puts _orig_mod into paths, which are not so called before it.
                 parts = [part for part in path.split(".") if part not in ("", "_orig_mod")]
-                unsafe[".".join([component, *parts])] = type(actor).__name__  # torch.compile's own
+                unsafe[".".join([component, *parts])] = type(actor).__name__
     return unsafe
 
 

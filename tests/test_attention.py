@@ -10,11 +10,14 @@ from diffusers.models.attention_processor import (
     IPAdapterAttnProcessor2_0,
     SlicedAttnProcessor,
 )
+from diffusers.pipelines.kolors.text_encoder import CoreAttention
 from torch.utils._python_dispatch import TorchDispatchMode
+from transformers import CLIPTextModel
 
 import sdkit
 from sdkit.attention import (
     allow_unsafe_attention,
+    collect_names,
     find_baddbmm_problem,
     find_unsafe_processors,
     refuse_unsafe_attention,
@@ -123,6 +126,12 @@ def test_all_components_are_searched_compiled_ones_too(tiny_pipe):
     paths = list(find_unsafe_processors(tiny_pipe))
     assert {path.split(".")[0] for path in paths} == {"unet", "vae"}
     assert not any("_orig_mod" in path for path in paths)
+
+
+def test_layers_without_a_processor_are_found_too():
+    """diffusers#14624: the text encoder of Kolors does the same in its own forward."""
+    assert {"baddbmm", "empty"} <= collect_names(CoreAttention, "forward")
+    assert not {"baddbmm", "empty"} <= collect_names(CLIPTextModel, "forward")
 
 
 def test_baddbmm_is_asked_on_the_device():

@@ -28,7 +28,7 @@ def make_generator(device):
 
 def measure_normal_draws(device, thorough):
     checks = []
-    number = 10**8 if thorough else 10**6
+    number = 10**7 if thorough else 10**6
     for dtype in (SINGLE, HALF):
         drawn = torch.randn(number, generator=make_generator(device), dtype=dtype, device=device)
         drawn = drawn.cpu()
