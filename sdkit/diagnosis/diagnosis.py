@@ -1,12 +1,14 @@
 """The answer to "why is my image black": stage, step, module, op, cause, evidence and proof."""
 
 import json
+import textwrap
 from dataclasses import dataclass, field
 
 from sdkit.diagnosis.cause import REFUTED_BY
 from sdkit.diagnosis.op_record import BadOp
 from sdkit.generation.record import plain
 
+COLUMNS = 100
 HEALTHY = ("healthy", "dark-but-valid")
 
 
@@ -66,7 +68,7 @@ class Diagnosis:
 
     def __str__(self):
         """The whole finding as a few aligned lines."""
-        proven = {True: "yes", False: "no", None: "not tried"}[self.proven]
+        proven = {True: "yes", False: "no", None: "nothing run" if self.proof else "not tried"}
         rows = [("cause", self.cause), ("stage", self.stage)]
         rows += [] if self.step is None else [("step", self.step)]
         rows += [("module", self.module)] if self.module else []
@@ -76,10 +78,21 @@ class Diagnosis:
         rows += [(name.replace("_", " "), value) for name, value in self.evidence.items()]
         rows += [("refuted by", self.refuted_by)] if self.refuted_by else []
         rows += [("remedy", self.remedy)] if self.remedy else []
-        rows += [("proven", f"{proven}{f': {self.proof}' if self.proof else ''}")]
+        proof = f": {self.proof}" if self.proof else ""
+        rows += [] if self.is_healthy else [("proven", proven[self.proven] + proof)]
         rows += [("emulated", self.emulated)] if self.emulated else []
-        width = max(len(name) for name, _ in rows)
-        return "\n".join(f"{name:{width}}  {show(value)}" for name, value in rows)
+        width = max(len(name) for name, _ in rows) + 2
+        return "\n".join(
+            textwrap.fill(
+                show(value),
+                COLUMNS,
+                initial_indent=f"{name:{width}}",
+                subsequent_indent=" " * width,
+                break_long_words=False,
+                break_on_hyphens=False,
+            )
+            for name, value in rows
+        )
 
     def to_dict(self) -> dict:
         """Everything as JSON types."""

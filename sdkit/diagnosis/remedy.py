@@ -73,7 +73,7 @@ def prove_remedy(pipe, diagnosis: Diagnosis, call) -> Diagnosis:
         tried.append(trial.what)
     if tried:
         return replace(diagnosis, proven=False, proof=f"still bad with {', with '.join(tried)}")
-    return replace(diagnosis, proof="nothing to cure, or no remedy that could be run here")
+    return replace(diagnosis, proof="no remedy for this cause can be run here")
 
 
 def list_trials(pipe, diagnosis: Diagnosis) -> list[Trial]:
