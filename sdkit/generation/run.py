@@ -116,10 +116,16 @@ def generate(
     }
     record = _describe_run(pipe, settings)
     run = ImageRun(pipe, request, call, folder, raises=on_nonfinite == "raise", record=record)
+    return _make_images(run, batch_size, progress)
+
+
+def _make_images(run, batch_size, progress):
+    """Makes the images batch by batch, the record saved after each, and returns the final one."""
+    count = len(run.request)
     try:
-        with run.caught, run.meter, _progress_bar(pipe, len(request), progress) as bar:
-            for start in range(0, len(request), batch_size):
-                indices = range(start, min(start + batch_size, len(request)))
+        with run.caught, run.meter, _progress_bar(run.pipe, count, progress) as bar:
+            for start in range(0, count, batch_size):
+                indices = range(start, min(start + batch_size, count))
                 run.make_batch(indices)
                 run.save()
                 bar.update(len(indices))

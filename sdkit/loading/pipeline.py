@@ -108,10 +108,7 @@ def load_pipeline(
         pipe.register_to_config(_name_or_path=checkpoint.resolved)  # for records; no folder in it
         notices = [*checkpoint.notices, *check_components(pipe, dtypes, device)]
         check_weights(pipe, dtypes, lambda: _load_float32(checkpoint, variant))
-    if attention == "diffusers-sliced":
-        attention_reason = _enable_slicing(pipe)
-    else:
-        attention_reason = "one fused call, diffusers' default"
+    attention_reason = _enable_attention(pipe, attention)
     is_mps = device.type == "mps" or (find_emulation() or "").startswith("emulated MPS")
     device_type = "mps" if is_mps else device.type
     weight_bytes = {name: count_weight_bytes(getattr(pipe, name)) for name in dtypes}
@@ -218,8 +215,10 @@ def _load_single_file(checkpoint, dtypes):
     return pipe
 
 
-def _enable_slicing(pipe):
-    """Turns on diffusers' slicing, and returns what it does here."""
+def _enable_attention(pipe, attention):
+    """Turns on diffusers' slicing if that was asked for, and returns what attention does here."""
+    if attention == "sdpa":
+        return "one fused call, diffusers' default"
     sliceable = [m for m in pipe.components.values() if hasattr(m, "set_attention_slice")]
     heads = [
         layer.sliceable_head_dim
