@@ -4,6 +4,7 @@ import torch
 from planting import NAN, find_module
 
 from sdkit.emulate import FAULTS, Fault
+from sdkit.emulate.float16 import flatten
 
 
 def documented(*names):
@@ -26,7 +27,7 @@ def everything(value=NAN):
 
 
 def kernel(*ops, on=None, shape=None, spoil=None, when=None):
-    """Break ops: on the weight of the module `on`, on inputs of `shape`, `when(pipe)()` is true.
+    """Break ops: on the weight of the module `on`, for results of `shape`, `when(pipe)()` is true.
 
     The weight is compared by value, so that the op is broken wherever it runs, as a defect in a
     kernel is; other dtypes than the pipeline's are honest.
@@ -40,16 +41,16 @@ def kernel(*ops, on=None, shape=None, spoil=None, when=None):
 
         def apply(func, args, kwargs, compute):
             result = compute(func, args, kwargs)
-            tensors = [value for value in args if isinstance(value, torch.Tensor)]
-            is_dtype = all(tensor.dtype is dtype for tensor in tensors)
-            if is_dtype and is_meant(tensors) and is_now():
-                spoil(result[0] if isinstance(result, tuple) else result)
+            output = result[0] if isinstance(result, tuple) else result
+            tensors = [value for value in flatten(args) if isinstance(value, torch.Tensor)]
+            if output.dtype is dtype and is_meant(tensors, output) and is_now():
+                spoil(output)
             return result
 
-        def is_meant(tensors):
+        def is_meant(tensors, output):
             if weight is not None:
                 return any(equals(tensor, weight) for tensor in tensors)
-            return shape is None or tuple(tensors[0].shape) == shape
+            return shape is None or tuple(output.shape) == shape
 
         return (Fault("planted", ops, (), "planted for a test", apply),)
 
@@ -90,3 +91,9 @@ def at_call(call):
         return lambda: calls[0] == call + 1
 
     return watch
+
+
+def once(pipe):
+    """True for the first time and never again: what no replay shows."""
+    left = [True]
+    return lambda: bool(left) and left.pop()

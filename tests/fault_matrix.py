@@ -34,7 +34,7 @@ ASPECTS = ("stage", "step", "module", "cause")
 CAUSES = (
     "range-overflow", "uninitialised-memory", "backend-fault", "bad-weights", "bad-input",
     "masked-softmax", "invalid-arithmetic", "hidden-nan", "safety-checker", "underflow",
-    "dark-but-valid", "healthy", "undecided",
+    "dark-but-valid", "healthy", "undecided", "raised",
 )  # fmt: skip
 
 
@@ -77,11 +77,14 @@ class Mark:
 HEALTH = Truth("none", None, None, "healthy")
 
 
+def make_truth(case):
+    return Truth(case.stage, case.step, case.module, case.cause, case.also)
+
+
 def mark_planted(case, tokenizer_folder):
     """Diagnose one planted fault."""
-    truth = Truth(case.stage, case.step, case.module, case.cause, case.also)
     with case.build(tokenizer_folder) as (pipe, pipe_kwargs):
-        return Mark(case.name, truth, find(pipe, ["a shoe"], **pipe_kwargs))
+        return Mark(case.name, make_truth(case), find(pipe, ["a shoe"], **pipe_kwargs))
 
 
 def mark_healthy(case, tokenizer_folder):
@@ -89,6 +92,16 @@ def mark_healthy(case, tokenizer_folder):
     with case.build(tokenizer_folder) as (pipe, pipe_kwargs):
         found = find(pipe, list(case.prompts), seed=case.seed, **pipe_kwargs)
         return Mark(case.name, HEALTH, found)
+
+
+def try_case(mark, case, tokenizer_folder):
+    """Mark a case; a diagnosis that raises is a wrong answer and does not end the campaign."""
+    try:
+        return mark(case, tokenizer_folder)
+    except Exception as error:
+        print(f"{case.name}: {type(error).__name__}: {error}", file=sys.stderr)
+        truth = HEALTH if mark is mark_healthy else make_truth(case)
+        return Mark(case.name, truth, Truth("raised", None, None, "raised"))
 
 
 def find(pipe, prompts, **pipe_kwargs):
@@ -123,7 +136,7 @@ def print_matrix(marks):
             print(f"{'':{width + 7}}  found {say(mark.found)}")
     faults = [mark for mark in marks if mark.truth is not HEALTH]
     healthy = [mark for mark in marks if mark.truth is HEALTH]
-    alarms = sum(mark.found.cause != "healthy" for mark in healthy)
+    alarms = sum(mark.found != HEALTH for mark in healthy)
     print(f"\nplanted faults: {sum(m.is_right for m in faults)} of {len(faults)} right")
     print(f"healthy runs: {alarms} false alarms in {len(healthy)}")
 
@@ -198,7 +211,7 @@ def main():
         sys.exit(f"no case has {chosen.only!r} in its name")
     with tempfile.TemporaryDirectory() as folder:
         tokenizer_folder = write_tokenizer(Path(folder))
-        marks = [mark(case, tokenizer_folder) for mark, case in tqdm(work, unit="case")]
+        marks = [try_case(mark, case, tokenizer_folder) for mark, case in tqdm(work, unit="case")]
     print_matrix(marks)
     if not chosen.fast and not chosen.only:
         with replace_file(FIGURES / "fault_matrix.csv") as temporary:

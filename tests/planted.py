@@ -18,11 +18,15 @@ from broken_attention import (
     divide_zero_by_zero,
     mask_all,
     mask_one_row,
+    mask_with_the_least_float16,
+    multiply_a_mask_by_infinity,
+    scale_in_place,
     subtract_infinities,
     swallow_after,
     use,
+    write_half_a_buffer,
 )
-from broken_kernels import at_call, at_step, documented, everything, kernel, one_element
+from broken_kernels import at_call, at_step, documented, everything, kernel, once, one_element
 from diffusers.models.attention_processor import AttnProcessor
 from planting import (
     CROSS_ATTENTION,
@@ -36,24 +40,30 @@ from planting import (
     add_safety_checker,
     blind_the_clip_encoder,
     both,
+    compile_the_unet,
     darken,
     drop_eps,
     end_betas_at_one,
     flush_the_decoders_input,
     flush_the_prediction,
+    flush_the_prediction_at,
+    give_an_image_with_nan,
     give_latents,
     give_negative_prompt_embeds,
     give_prompt_embeds,
     image_to_image,
     mark_norm,
     nothing,
+    predict_the_sample,
     raise_lora_scale,
+    raise_the_guidance_scale,
     scale_decoder_stream,
     scale_inside,
     scale_text_stream,
     scale_weights,
     set_weight,
     slice_attention,
+    spoil_a_token,
     spoil_alphas,
     start_from_grey,
     with_ddim,
@@ -195,6 +205,16 @@ PLANTED = (
         "unet", 0, "transformer.transformer_blocks.0.ff.net.0.proj", "range-overflow",
         "a transformer counts as the unet stage", base=build_tiny_sd3_pipe,
     ),
+    Planted(
+        "an in-place op in a user's processor", use(MathProcessor(scale_in_place), CROSS_ATTENTION),
+        "unet", 0, CROSS_ATTENTION, "range-overflow", "mul_ writes over its own input",
+    ),
+    Planted(
+        "a guidance scale of a million", raise_the_guidance_scale,
+        "unet", 0, None, "range-overflow",
+        "between two calls of the UNet, made after step 0 and fed at step 1; no module runs",
+        also=((0, "unet"), (1, "unet"), (1, None)),
+    ),
     # Uninitialised memory
     Planted(
         "slicing on memory full of NaN", slice_attention,
@@ -222,6 +242,12 @@ PLANTED = (
         use(MathProcessor(add_fresh_memory), CROSS_ATTENTION),
         "unet", 0, CROSS_ATTENTION, "uninitialised-memory",
         "an honest backend; the author meant zeros", memory="nan",
+    ),
+    Planted(
+        "a user's processor writes half a buffer",
+        use(MathProcessor(write_half_a_buffer), SELF_ATTENTION),
+        "unet", 0, SELF_ATTENTION, "uninitialised-memory", "an in-place sum with the other half",
+        memory="nan",
     ),
     # Backend faults
     Planted(
@@ -311,6 +337,34 @@ PLANTED = (
             "aten.convolution", on="unet.mid_block.resnets.1.conv2", when=at_call(LAST)
         ),
     ),
+    Planted(
+        "once and never again", with_ddim(),
+        "unet", 0, "unet.up_blocks.0.resnets.0.conv1", "backend-fault",
+        "no replay shows it; the module's output did",
+        faults=kernel("aten.convolution", on="unet.up_blocks.0.resnets.0.conv1", when=once),
+    ),
+    Planted(
+        "once and never again, in the VAE", nothing,
+        "vae", None, "vae.decoder.up_blocks.3.resnets.0.nonlinearity", "backend-fault",
+        "no replay shows it; the module's output did",
+        faults=kernel("aten.silu", shape=(1, 16, 64, 64), when=once),
+    ),
+    Planted(
+        "interpolation", nothing,
+        "unet", 0, "unet.up_blocks.0.upsamplers.0", "backend-fault",
+        "a function in Upsample2D.forward",
+        faults=kernel("aten.upsample_nearest2d"),
+    ),
+    Planted(
+        "concatenation of a skip", nothing,
+        "unet", 0, "unet.up_blocks.1", "backend-fault", "a function in the block's own forward",
+        faults=kernel("aten.cat", shape=(2, 96, 8, 8)),
+    ),
+    Planted(
+        "the cast of the time embedding", nothing,
+        "unet", 0, "unet", "backend-fault", "a function in the UNet's own forward",
+        faults=kernel("aten._to_copy", shape=(2, 32)),
+    ),
     # Bad weights
     Planted(
         "a NaN weight in the UNet", set_weight("unet.down_blocks.1.resnets.0.conv1", NAN, index=7),
@@ -321,6 +375,12 @@ PLANTED = (
         set_weight("unet.up_blocks.0.resnets.1.conv2", 70000.0),
         "unet", 0, "unet.up_blocks.0.resnets.1.conv2", "bad-weights",
         "70000 in float32, Inf in float16",
+    ),
+    Planted(
+        "a weight that overflows to -Inf in the cast",
+        set_weight("vae.decoder.up_blocks.1.resnets.0.conv1", -70000.0),
+        "vae", None, "vae.decoder.up_blocks.1.resnets.0.conv1", "bad-weights",
+        "-Inf in a weight is no mask",
     ),
     Planted(
         "a NaN bias in the VAE", set_weight("vae.post_quant_conv", NAN, name="bias"),
@@ -341,6 +401,26 @@ PLANTED = (
         both(add_lora, set_weight(CROSS_ATTENTION + ".to_v.lora_A.default", NAN)),
         "unet", 0, CROSS_ATTENTION + ".to_v.lora_A.default", "bad-weights",
         "the base weights are clean",
+    ),
+    Planted(
+        "one NaN in the token table", spoil_a_token,
+        "text_encoder", None, TEXT + "embeddings.token_embedding", "bad-weights",
+        "the prompt has the token, the empty one has not",
+    ),
+    Planted(
+        "a bad weight behind a harmless Inf",
+        both(
+            use(MathProcessor(mask_with_the_least_float16), SELF_ATTENTION),
+            set_weight("unet.mid_block.resnets.1.conv2", NAN),
+        ),
+        "unet", 0, "unet.mid_block.resnets.1.conv2", "bad-weights",
+        "-65504 - 32 rounds to -inf and masks a key, as was meant: no NaN comes of it",
+    ),
+    Planted(
+        "a NaN weight in a compiled UNet",
+        both(compile_the_unet, set_weight("unet.down_blocks.1.resnets.0.conv1", NAN)),
+        "unet", 0, "unet.down_blocks.1.resnets.0.conv1", "bad-weights",
+        "compiled in place, by the backend that changes nothing", dtype=SINGLE,
     ),
     # Bad input
     Planted(
@@ -366,6 +446,11 @@ PLANTED = (
         "unet", 0, "unet", "bad-input", "betas that end at 1, trailing timesteps",
         also=((0, None),), dtype=SINGLE,
     ),
+    Planted(
+        "an image with one NaN", give_an_image_with_nan,
+        "vae", None, "vae", "bad-input", "image-to-image encodes it", also=((None, "vae.encoder"),),
+        base=image_to_image,
+    ),
     # Masks
     Planted(
         "one masked row in a user's processor", use(MathProcessor(mask_one_row), SELF_ATTENTION),
@@ -388,6 +473,11 @@ PLANTED = (
     Planted(
         "0/0 in a user's processor", use(MathProcessor(divide_zero_by_zero), CROSS_ATTENTION),
         "unet", 0, CROSS_ATTENTION, "invalid-arithmetic", "in float32 too", fast=True,
+    ),
+    Planted(
+        "a mask times -inf in a user's processor",
+        use(MathProcessor(multiply_a_mask_by_infinity), CROSS_ATTENTION),
+        "unet", 0, CROSS_ATTENTION, "invalid-arithmetic", "0 * -inf where nothing is masked",
     ),
     Planted(
         "a norm without eps on a constant",
@@ -417,6 +507,16 @@ PLANTED = (
         "vae", None, "vae.decoder.up_blocks.1.resnets.0.norm1", "hidden-nan",
         "the image is flat and nothing warns",
     ),
+    Planted(
+        "an overflow that the UNet swallows",
+        both(
+            scale_inside("unet.mid_block.resnets.0", 2.0**17),
+            swallow_after("unet.conv_norm_out"),
+            predict_the_sample,
+        ),
+        "unet", 0, "unet.mid_block.resnets.0.conv1", "hidden-nan",
+        "the UNet predicts the sample itself, and predicts zeros",
+    ),
     # Safety checker
     Planted(
         "a safety checker that flags everything", add_safety_checker(-2.0),
@@ -433,6 +533,10 @@ PLANTED = (
         "the UNet's prediction flushes to zero", flush_the_prediction,
         "unet", 0, "unet.conv_out", "underflow",
         "the UNet predicts the sample itself, the VAE amplifies it: zeros make a flat picture",
+    ),
+    Planted(
+        "the UNet's prediction flushes to zero at the last step", flush_the_prediction_at(2),
+        "unet", 2, "unet.conv_out", "underflow", "the earlier steps keep their numbers",
     ),
     # No fault
     Planted(

@@ -321,3 +321,53 @@ def flush_the_prediction(pipe):
         scale_weights("vae.decoder.conv_in", by=2.0**13),
     )(pipe)
     return pipe_kwargs
+
+
+def flush_the_prediction_at(step):
+    """As `flush_the_prediction`, but the second factor comes at one timestep alone."""
+
+    def plant(pipe):
+        pipe_kwargs = flush_the_prediction(pipe)
+        scale([pipe.unet.conv_norm_out], 2.0**12)
+        pipe.scheduler.set_timesteps(pipe_kwargs["num_inference_steps"])
+        timestep, now = float(pipe.scheduler.timesteps[step]), [None]
+
+        def note(module, args, kwargs):
+            now[0] = float(args[1])
+
+        def damp(module, args, output):
+            return output * 2.0**-12 if now[0] == timestep else output
+
+        pipe.unet.register_forward_pre_hook(note, with_kwargs=True)
+        pipe.unet.conv_norm_out.register_forward_hook(damp)
+        return pipe_kwargs
+
+    return plant
+
+
+def predict_the_sample(pipe):
+    """The UNet's last output is what the VAE is given; zeros make a flat picture."""
+    both(zero_biases("vae"), zero_biases("unet.conv_out"))(pipe)
+    return with_ddim(steps=3, prediction_type="sample", clip_sample=False)(pipe)
+
+
+def give_an_image_with_nan(pipe):
+    pipe_kwargs = start_from_grey(pipe)
+    pipe_kwargs["image"][0, 10, 20, 1] = NAN
+    return pipe_kwargs
+
+
+def raise_the_guidance_scale(pipe):
+    return {"guidance_scale": 1e6}
+
+
+def spoil_a_token(pipe):
+    """The letter s, which "a shoe" has."""
+    token = pipe.tokenizer.convert_tokens_to_ids("s")
+    embedding = find_module(pipe, TEXT + "embeddings.token_embedding")
+    with torch.no_grad():
+        embedding.weight[token, 3] = NAN
+
+
+def compile_the_unet(pipe):
+    pipe.unet.compile(backend="eager")

@@ -7,7 +7,7 @@ import pytest
 import torch
 from planted import PLANTED
 from planted_mini import PLANTED_IN_MINI
-from planting import HALF, add_safety_checker, nothing
+from planting import HALF, add_safety_checker, image_to_image, nothing, start_from_grey
 
 from sdkit.finding import find_tensors
 from sdkit.guarding import guard
@@ -93,7 +93,7 @@ def heal(case):
         return replace(case, memory="zeros")
     if case.cause == "backend-fault":
         return replace(case, faults=lambda pipe: (), memory="zeros")
-    return replace(case, plant=nothing)
+    return replace(case, plant=start_from_grey if case.base is image_to_image else nothing)
 
 
 def generate_guarded(case, tokenizer_folder):
@@ -132,6 +132,20 @@ def test_the_first_bad_module_is_the_named_one(case, tokenizer_folder):
         found, images = find_first_bad(pipe, pipe_kwargs)
     assert found in accepted(case)
     assert not judge_image(images).valid
+
+
+@parametrize(EVERYTHING)
+def test_weights_are_bad_where_the_truth_says_so_and_nowhere_else(case, tokenizer_folder):
+    with case.build(tokenizer_folder) as (pipe, _):
+        bad = [
+            f"{root}.{name}".rpartition(".")[0]
+            for root, component in pipe.components.items()
+            if isinstance(component, torch.nn.Module)
+            for name, tensor in component.state_dict().items()
+            if not is_finite(tensor)
+        ]
+    is_weight = case.cause == "bad-weights" or "a bad weight" in case.name
+    assert bad == [case.module] * is_weight
 
 
 @parametrize(LOUD)
