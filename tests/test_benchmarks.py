@@ -36,6 +36,12 @@ def test_a_ratio_is_judged_by_its_limit(ratio, limit, within):
     assert broken == ([expected] if within == "no" else [])
 
 
+def test_a_row_need_not_have_a_limit():
+    rows = [{"benchmark": "a", "ratio": 1.0, "limit": ">= 20"}, {"benchmark": "b", "ratio": 1.0}]
+    table = RUN["make_table"](rows)
+    assert list(table["limit"]) == [">= 20", ""] and list(table["within"]) == ["no", ""]
+
+
 def test_one_slow_pair_does_not_move_the_ratio():
     measured = [(1.0, 1.01), (1.0, 9.0), (2.0, 2.02), (9.0, 1.0), (1.0, 1.01)]
     assert PAIRS["summarize"](measured)["ratio"] == pytest.approx(1.01)

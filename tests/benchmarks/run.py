@@ -43,12 +43,12 @@ def make_table(rows):
     """Returns the rows as a DataFrame, judged against their limits.
 
     Args:
-        rows: Of each a `ratio` and a `limit`, such as ">= 20" or "<= 1.03", or "" for none.
+        rows: Of each a `ratio` and, unless it has none, a `limit` such as ">= 20" or "<= 1.03".
 
     Returns:
         The rows, with `within`: "yes", "no", or "" where there is no limit.
     """
-    table = pd.DataFrame(rows)
+    table = pd.DataFrame([{"limit": "", **row} for row in rows])
     table["within"] = [_judge(*pair) for pair in zip(table["ratio"], table["limit"], strict=True)]
     table["torch"], table["cores"] = importlib.metadata.version("torch"), os.cpu_count()
     return table
