@@ -3,10 +3,10 @@
 import json
 import os
 from dataclasses import replace
+from importlib.metadata import version
 from pathlib import Path
 
 import pytest
-import torch
 from typer.testing import CliRunner
 
 from sdkit.cli import app
@@ -54,7 +54,7 @@ def test_a_healthy_machine_exits_with_0():
     check_layout(result.stdout)
     assert f"Probes: {len(PROBES)} pass (" in result.stdout
     assert all(f"  ok    {name} " in result.stdout for name in PROBES)
-    assert f"  torch         {torch.__version__}" in result.stdout
+    assert f"  torch         {version('torch')}" in result.stdout
     assert result.stdout.endswith(
         f"nothing: all {len(PROBES)} contracts that could be tried hold\n"
     )
@@ -117,7 +117,7 @@ def test_results_are_kept_and_fresh_ignores_them():
     assert second.probes_date is not None and second.probes == first.probes
     assert f"kept from {second.probes_date}; --fresh runs them again" in format_checkup(second)
     (key,) = json.loads(find_cache_file().read_text())
-    assert torch.__version__ in key and "device=cpu" in key and "thorough=False" in key
+    assert version("torch") in key and "device=cpu" in key and "thorough=False" in key
     assert [path.name for path in find_cache_file().parent.iterdir()] == ["probes.json"]
 
 
