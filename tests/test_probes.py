@@ -13,6 +13,9 @@ from sdkit.validation import ValidationError
 
 pytestmark = pytest.mark.filterwarnings("ignore::sdkit.emulate.EmulationWarning")
 CPU = torch.device("cpu")
+GUARDED = {
+    "float16", "attention slicing", "attention", "loading", "sampling", "training", "checks",
+}  # fmt: skip
 
 BREAKING = {  # probe: the documented fault that makes it fail
     "baddbmm-beta-zero": "baddbmm-beta-zero",
@@ -97,6 +100,15 @@ def test_an_honest_backend_passes_on_any_memory(memory):
         assert {result.status for result in run_probes()} == {"pass"}
 
 
+def test_it_is_told_what_recycled_memory_held():
+    shares = {}
+    for memory in ("zeros", "stale_float32", "nan"):
+        with mps(memory, faults=()):
+            (result,) = run_probes(names="recycled-memory")
+        shares[memory] = result.evidence["share of NaN or Inf that a fresh buffer held"]
+    assert shares == {"zeros": 0, "stale_float32": pytest.approx(1 / 64, abs=0.01), "nan": 1}
+
+
 @pytest.mark.parametrize("name", ["scores-baddbmm", "scores-sdpa"])
 def test_a_control_that_does_not_overflow_proves_nothing(name):
     def saturate(func, args, kwargs, compute):
@@ -112,7 +124,8 @@ def test_every_probe_says_what_it_is_about():
     for name, probe in PROBES.items():
         assert probe.name == name
         assert probe.contract.endswith(".") and len(probe.contract) <= 67  # one line of the doctor
-        assert probe.guards and probe.threads
+        assert probe.guards and set(probe.guards) <= GUARDED
+        assert probe.threads
         assert all(thread.startswith("https://github.com/") for thread in probe.threads)
 
 
