@@ -132,6 +132,66 @@ def doctor(
     raise typer.Exit(BAD if checkup.failed else 0)
 
 
+@app.command()
+def diagnose(
+    prompts: Annotated[
+        list[str] | None, typer.Argument(metavar="[PROMPT]...", help="What to draw.")
+    ] = None,
+    model: Annotated[
+        str | None, typer.Option(help="mini (the bundled one), a folder, a file or a Hub id.")
+    ] = None,
+    backend: Annotated[str, typer.Option(help="auto, mps, cuda, cuda:1 or cpu.")] = "auto",
+    dtype: Annotated[str, typer.Option(help="auto, float16, bfloat16 or float32.")] = "auto",
+    attention: Annotated[str, typer.Option(help="sdpa or diffusers-sliced.")] = "sdpa",
+    steps: Annotated[int, typer.Option(help="Denoising steps.", min=1)] = 25,
+    guidance: Annotated[float, typer.Option(help="Guidance scale.")] = 7.5,
+    seed: Annotated[int, typer.Option(help="Image i is drawn from seed + i.")] = 0,
+    incident: Annotated[
+        Path | None, typer.Option(help="A folder incident_... that generate left: replay it.")
+    ] = None,
+    emulate: Annotated[
+        list[str] | None,
+        typer.Option(metavar="FAULT", help="On an emulated Mac with this fault; repeatable."),
+    ] = None,
+    memory: Annotated[
+        str | None,
+        typer.Option(help="Fresh memory of the emulated Mac: zeros, nan, stale_float32, ..."),
+    ] = None,
+    prove: Annotated[bool, typer.Option(help="Run again with the remedy.")] = True,
+    reproduction: Annotated[
+        Path | None, typer.Option(help="Where to write the script that shows a backend fault.")
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON, not text.")] = False,
+):
+    """Name the stage, step, module, op and cause behind a broken image, and prove the remedy.
+
+    Exits with 1 if something is broken, with 0 if the images are healthy.
+    """
+    from sdkit.diagnosis.incident_replay import diagnose_incident
+    from sdkit.diagnosis.model import diagnose_model
+    from sdkit.run_folder import replace_file
+    from sdkit.validation import ValidationError
+
+    try:
+        if incident:
+            found = diagnose_incident(incident, model=model, backend=backend, prove=prove)
+        else:
+            found = diagnose_model(
+                model or "mini", prompts, backend=backend, dtype=dtype, attention=attention,
+                memory=memory, faults=emulate, seed=seed, prove=prove,
+                num_inference_steps=steps, guidance_scale=guidance,
+            )  # fmt: skip
+        if reproduction and found.reproduction:
+            with replace_file(reproduction) as temporary:
+                temporary.write_text(found.reproduction)
+    except (ValidationError, OSError) as error:
+        _fail(error)
+    typer.echo(found.to_json() if as_json else str(found))
+    if reproduction and not found.reproduction:
+        typer.echo(f"{reproduction}: not written, this cause needs none", err=True)
+    raise typer.Exit(0 if found.is_healthy else BAD)
+
+
 def _colour(text):
     """Titles bold, verdicts green and red; `typer.echo` drops that where no terminal is."""
     text = re.sub(r"(?m)^\S.*", lambda title: typer.style(title[0], bold=True), text)

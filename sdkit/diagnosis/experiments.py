@@ -10,7 +10,6 @@ import numpy as np
 import torch
 
 from sdkit.diagnosis.op_record import OpCall
-from sdkit.diagnosis.op_traits import name_arguments
 from sdkit.emulate.mode import suspended
 from sdkit.finding import find_tensors
 
@@ -77,7 +76,7 @@ def compare_with_reference(call: OpCall) -> Reference | None:
 
 def run_in_float64(call: OpCall) -> tuple[torch.Tensor, ...] | None:
     """The op's tensors in float64 on the CPU, buffers that it must ignore or nobody wrote as 0."""
-    named = name_arguments(call.func, call.args, call.kwargs)
+    named = call.named
     blank = {*call.ignored, *(name.partition("[")[0] for name in call.undefined)}
     wide = {name: widen(value, is_blank=name in blank) for name, value in named.items()}
     overload, wide = drop_out(call.func, wide)
@@ -161,7 +160,7 @@ def depends_on_memory(call: OpCall) -> bool | None:
     names = {*call.ignored, *(name.partition("[")[0] for name in call.undefined)}
     if not names:
         return None
-    named = name_arguments(call.func, call.args, call.kwargs)
+    named = call.named
 
     def blank(name, value):
         return torch.zeros_like(value) if name in names and torch.is_tensor(value) else value
@@ -175,7 +174,7 @@ def depends_on_memory(call: OpCall) -> bool | None:
 def count_masked_rows(call: OpCall) -> tuple[int, int]:
     """(fully masked rows, rows) of what a softmax or an attention was given; (0, 0) of others."""
     name = call.func._schema.name.partition("::")[2]
-    named = name_arguments(call.func, call.args, call.kwargs)
+    named = call.named
     if name in SOFTMAX_OPS:
         scores, dim = named["self"], named["dim"]
         masked = (scores == float("-inf")).all(dim=dim)
@@ -188,19 +187,12 @@ def count_masked_rows(call: OpCall) -> tuple[int, int]:
     return int(masked.sum()), masked.numel()
 
 
-def measure_flushed(call_inputs: dict, func, output: torch.Tensor) -> float:
-    """Share of an op's values that are 0 although float64 says that they are not.
-
-    Args:
-        call_inputs: {name: value} of its arguments.
-        func: The overload.
-        output: Its first output, float16 or bfloat16.
-    """
+def measure_flushed(call: OpCall) -> float:
+    """Share of the values of an op's first output that are 0 although float64 says otherwise."""
     with suspended(), torch.no_grad():
-        zero = output.detach().cpu() == 0
+        zero = call.output[0].detach().cpu() == 0
         if not zero.any():
             return 0.0
-        call = OpCall(func, (), call_inputs, (output,))
         reference = run_in_float64(call)
         if reference is None or reference[0].shape != zero.shape:
             return 0.0

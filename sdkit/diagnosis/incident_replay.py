@@ -14,6 +14,7 @@ from sdkit.emulate import active as find_emulation
 from sdkit.emulate.again import emulate_again
 from sdkit.finding import ComponentCall, Finding
 from sdkit.generation.incident import load_incident, make_scheduler
+from sdkit.guarding import unguarded
 from sdkit.loading import load_pipeline
 from sdkit.validation import ValidationError
 
@@ -43,6 +44,7 @@ def diagnose_incident(folder, *, model=None, backend="auto", prove=False) -> Dia
             stack.enter_context(emulate_again(incident.emulation))
         except ValueError as error:
             raise ValidationError(f"{folder}: emulation: {error}.") from error
+        stack.enter_context(unguarded(pipe))
         return examine_incident(pipe, incident, prove)
 
 

@@ -4,6 +4,8 @@ from dataclasses import dataclass, field
 
 import torch
 
+from sdkit.diagnosis.op_traits import name_arguments, name_tensors
+
 
 @dataclass(frozen=True)
 class TensorSummary:
@@ -61,6 +63,7 @@ class OpCall:
         output: What it returned, tensors only, in order.
         ignored: Names of arguments that the op by contract does not read.
         undefined: Names of arguments that nobody has written yet.
+        places: {argument: identity of the memory it was in}.
     """
 
     func: object
@@ -69,6 +72,18 @@ class OpCall:
     output: tuple[torch.Tensor, ...]
     ignored: tuple[str, ...] = ()
     undefined: tuple[str, ...] = ()
+    places: dict[str, int] = field(default_factory=dict)
+
+    @property
+    def named(self) -> dict:
+        """{name: value} of all arguments."""
+        return name_arguments(self.func, self.args, self.kwargs)
+
+    @property
+    def inputs(self) -> dict[str, torch.Tensor]:
+        """The tensors that the op reads, by name."""
+        tensors = name_tensors(self.named)
+        return {n: t for n, t in tensors if n.partition("[")[0] not in self.ignored}
 
 
 @dataclass(frozen=True)

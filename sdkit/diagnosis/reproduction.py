@@ -12,7 +12,6 @@ import torch
 
 from sdkit.diagnosis.experiments import ATTENTION, drop_out
 from sdkit.diagnosis.op_record import BadOp, summarize
-from sdkit.diagnosis.op_traits import name_arguments
 from sdkit.emulate.mode import active as find_emulation
 from sdkit.emulate.mode import suspended
 
@@ -55,7 +54,7 @@ def write_reproduction(bad: BadOp) -> str:
     Args:
         bad: The op of a backend fault, or of memory that it must not read.
     """
-    func, named = bad.call.func, name_arguments(bad.call.func, bad.call.args, bad.call.kwargs)
+    func, named = bad.call.func, bad.call.named
     if ATTENTION in str(func):
         call = "nn.functional.scaled_dot_product_attention"
         named = {name: named[name] for name in ATTENTION_ARGUMENTS if name in named}

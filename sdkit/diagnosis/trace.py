@@ -4,18 +4,22 @@ An op-level dispatch mode, entered inside every emulation, so that it sees what 
 and what the backend answered. It costs a few times the call it watches; so the guard stays the only
 thing that is always on, and only the call that the guard found bad is made again under this mode.
 
-Three rules keep it honest:
+Four rules keep it honest:
 - What an allocation returns is undefined, so an allocation is never a producer; an op that reads
   undefined memory, or a buffer that its contract tells it to ignore, is one.
-- -inf that comes from -inf (or was written as a constant) is a mask, and no fault.
-- Everything is judged on the CPU or outside the emulation, never by the backend under suspicion.
+- An Inf may be harmless: softmax and sigmoid end it. So the op that made it is only a suspect,
+  until a NaN comes of it or it reaches the output. The first NaN ends the search.
+- -inf that was written as a constant is a mask, and no suspect.
+- Numbers are judged outside the emulation, and counted on copies on the CPU.
 """
 
 import linecache
+import math
 import sys
 from bisect import bisect_right
 from collections import deque
 from contextlib import ExitStack, contextmanager
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -35,6 +39,9 @@ from sdkit.finding import find_tensors
 
 OPS_BEFORE = 12
 FLUSHED_SHARE = 0.5
+CUTTING_OPS = frozenset(
+    {"clamp", "clamp_min", "clamp_max", "hardtanh", "maximum", "minimum", "nan_to_num", "where"}
+)
 TORCH_FOLDER = str(Path(torch.__file__).parent)
 OWN_FOLDER = str(Path(__file__).parent.parent)
 FILLS = {"zeros": 0.0, "nan": float("nan")}
@@ -63,7 +70,10 @@ def find_first_bad_op(call, modules, *, look_for="bad", memory=None, outside_onl
     trace = OpTrace(modules, look_for=look_for, memory=memory, outside_only=outside_only)
     try:
         with trace.installed(), torch.compiler.set_stance("force_eager"):
-            call()
+            result = call()
+        if look_for == "bad":
+            with suspended():
+                trace.look_at_result(result)
     except _Found:
         pass
     return trace.found
@@ -79,11 +89,12 @@ class OpTrace(TorchDispatchMode):
         self.memory = memory
         self.outside_only = outside_only
         self.found = None
-        self.producer = None
+        self.producer = self.latest_suspect = None
         self.before = deque(maxlen=OPS_BEFORE)
         self.running = []  # paths of the modules that are running, innermost last
         self.changes = []  # (autograd sequence number, path that runs from there on), in order
         self.undefined = {}  # {storage: op that gave it out}
+        self.suspects = {}  # {storage that holds an Inf: the BadOp that made the Inf}
         self.weights = {}  # {storage: name}
 
     @contextmanager
@@ -136,155 +147,174 @@ class OpTrace(TorchDispatchMode):
             return func(*args, **kwargs)
         named = name_arguments(func, args, kwargs)
         ignored = find_ignored(func, named)
-        args, kwargs, kept = keep_overwritten(func, args, kwargs, ignored)
+        places = {name: storage_of(tensor) for name, tensor in name_tensors(named)}
+        kept = keep_overwritten(func, args, kwargs, ignored)
         result = func(*args, **kwargs)
         with suspended():
-            self._look(func, kept, result, ignored)
+            undefined = tuple(name for name, place in places.items() if place in self.undefined)
+            outputs = tuple(find_tensors(result))
+            self._look(OpCall(func, *kept, outputs, tuple(ignored), undefined, places))
         return result
 
-    def _look(self, func, kept, result, ignored):
-        """Judges one op; `kept` are its (args, kwargs) as they were before it."""
-        traits = read_traits(func)
-        outputs = tuple(find_tensors(result))
+    def _look(self, call):
+        """Judges one op."""
+        traits = read_traits(call.func)
         if traits.allocates:
-            for tensor in outputs:
-                self.undefined[storage_of(tensor)] = str(func)
+            for tensor in call.output:
+                self.undefined[storage_of(tensor)] = str(call.func)
                 if self.memory:
                     tensor.fill_(FILLS[self.memory])
             return
-        named = name_arguments(func, *kept)
-        inputs = {n: t for n, t in name_tensors(named) if n.partition("[")[0] not in ignored}
-        undefined = [n for n, t in name_tensors(named) if storage_of(t) in self.undefined]
         if not traits.is_view:
-            self._judge(func, kept, named, inputs, outputs, ignored, undefined)
-        self._mark_written(traits, named, outputs)
-        self.before.append(f"{self.module}: {func}")
+            judge = self._judge_flushing if self.look_for == "flushed" else self._judge
+            judge(call)
+            self._mark_written(traits, call)
+        self.before.append(f"{self.module}: {call.func}")
 
-    def _judge(self, func, kept, named, inputs, outputs, ignored, undefined):
-        if self.look_for == "flushed":
-            self._look_for_flushing(func, kept, named, outputs, ignored, undefined)
-            return
-        bad_outputs = [tensor for tensor in outputs if is_bad(tensor, inputs, named)]
+    def _judge(self, call):
+        bad_outputs = [tensor for tensor in call.output if not is_finite(tensor)]
         if not bad_outputs:
-            self._look_for_swallowing(func, inputs, outputs)
+            self._look_for_swallowing(call)
+            for tensor in call.output:
+                self.suspects.pop(storage_of(tensor), None)
             return
-        if self.producer:
+        bad = {name: tensor for name, tensor in call.inputs.items() if not is_finite(tensor)}
+        weights = tuple(self.weights[p] for p in map(call.places.get, bad) if p in self.weights)
+        rest = [n for n in bad if call.places[n] not in self.weights and n not in call.undefined]
+        suspects = (self.suspects.get(call.places[name]) for name in rest)
+        made_by = next(filter(None, suspects), None)
+        has_nan = any(bool(tensor.isnan().any()) for tensor in bad_outputs)
+        came_with_it = rest and not weights and not made_by
+        if not has_nan and (came_with_it or is_mask(call.named, bad_outputs)):
             return
-        bad = [name for name, tensor in inputs.items() if is_bad(tensor)]
-        weights = [self.weights[storage_of(inputs[n])] for n in bad if self._is_weight(inputs[n])]
-        inherited = [n for n in bad if not self._is_weight(inputs[n]) and n not in undefined]
-        self.producer = self._describe(
-            func, kept, named, outputs, ignored, undefined, tuple(weights), tuple(inherited)
-        )
+        if weights or not made_by:
+            arrived = tuple(name for name in rest if bool(bad[name].isnan().any()))
+            made_by = self._describe(call, weights, () if weights else arrived)
+        for tensor in bad_outputs:
+            self.suspects[storage_of(tensor)] = made_by
+        self.latest_suspect = made_by
+        if weights or (has_nan and not is_constant(call.named)):
+            self._accuse(made_by)
+
+    def _accuse(self, made_by):
+        """A NaN, or an Inf that reached the output, has its origin."""
+        self.producer = self.producer or made_by
         if self.look_for == "bad":
-            self.found = self.producer
+            self.found = made_by
             raise _Found
 
-    def _look_for_swallowing(self, func, inputs, outputs):
-        """After a first bad op: an op that takes NaN and makes only finite numbers has lost it."""
-        if self.producer and outputs and any(is_bad(tensor) for tensor in inputs.values()):
-            lost_in = f"{self.module}: {func}"
-            self.found = BadOp(**{**vars(self.producer), "swallowed_by": lost_in})
-            raise _Found
+    def look_at_result(self, result):
+        """After the call: an Inf that is still there, though no NaN came of it."""
+        for tensor in find_tensors(result):
+            if not is_finite(tensor) and self.latest_suspect:
+                self._accuse(self.suspects.get(storage_of(tensor), self.latest_suspect))
 
-    def _look_for_flushing(self, func, kept, named, outputs, ignored, undefined):
+    def _look_for_swallowing(self, call):
+        """After a first NaN: an op that takes NaN and makes only finite numbers has lost it.
+
+        An Inf that a clamp cuts off is lost as well; softmax and sigmoid may end one.
+        """
+        if self.look_for != "swallowed" or not call.output:
+            return
+        cuts = call.func._schema.name.partition("::")[2].rstrip("_") in CUTTING_OPS
+        for name, tensor in call.inputs.items():
+            made_by = self.suspects.get(call.places[name], self.producer)
+            if not made_by or is_finite(tensor):
+                continue
+            if bool(tensor.isnan().any()) or (cuts and call.places[name] in self.suspects):
+                self.found = replace(made_by, swallowed_by=f"{self.module}: {call.func}")
+                raise _Found
+
+    def _judge_flushing(self, call):
         """Softmax is left out: that most of its values vanish is what it is for."""
-        name = func._schema.name.partition("::")[2]
-        if not outputs or outputs[0].dtype not in LOW_DTYPES or name in SOFTMAX_OPS:
+        name = call.func._schema.name.partition("::")[2]
+        if not call.output or call.output[0].dtype not in LOW_DTYPES or name in SOFTMAX_OPS:
             return
-        if measure_flushed(named, func, outputs[0]) > FLUSHED_SHARE:
-            self.found = self._describe(func, kept, named, outputs, ignored, undefined, (), ())
+        if measure_flushed(call) > FLUSHED_SHARE:
+            self.found = self._describe(call)
             raise _Found
 
-    def _is_weight(self, tensor):
-        return storage_of(tensor) in self.weights
-
-    def _mark_written(self, traits, named, outputs):
+    def _mark_written(self, traits, call):
         """Memory is defined once an op has made or filled it; a part of a buffer leaves it open."""
-        if traits.is_view:
-            return
-        written = [t for n, t in name_tensors(named) if n.partition("[")[0] in traits.written]
-        for tensor in (*written, *outputs):
-            whole = tensor.untyped_storage().nbytes() == tensor.numel() * tensor.element_size()
-            if whole:
-                self.undefined.pop(storage_of(tensor), None)
+        tensors = name_tensors(call.named)
+        written = [(call.places[n], t) for n, t in tensors if n.partition("[")[0] in traits.written]
+        for place, tensor in (*written, *((storage_of(t), t) for t in call.output)):
+            if tensor.untyped_storage().nbytes() == tensor.numel() * tensor.element_size():
+                self.undefined.pop(place, None)
 
-    def _describe(self, func, kept, named, outputs, ignored, undefined, weights, inherited):
-        def note(name, tensor):
-            notes = []
-            if self._is_weight(tensor):
-                notes.append(self.weights[storage_of(tensor)])
-            if name in undefined:
-                notes.append(f"uninitialised memory of {self.undefined[storage_of(tensor)]}")
-            if name.partition("[")[0] in ignored:
-                notes.append("ignored by contract")
-            return ", ".join(notes)
-
+    def _describe(self, call, weights=(), inherited=()) -> BadOp:
         source, line = find_source()
-        count = len(outputs)
+        count = len(call.output)
         return BadOp(
-            op=str(func),
+            op=str(call.func),
             module=self.module,
             source=source,
             source_line=line,
-            inputs=tuple(summarize(n, t, note(n, t)) for n, t in name_tensors(named)),
+            inputs=tuple(
+                summarize(name, tensor, self._note(call, name))
+                for name, tensor in name_tensors(call.named)
+            ),
             outputs=tuple(
                 summarize("output" if count == 1 else f"output[{i}]", tensor)
-                for i, tensor in enumerate(outputs)
+                for i, tensor in enumerate(call.output)
             ),
-            options=name_options(named),
+            options=name_options(call.named),
             before=tuple(self.before),
             bad_weights=weights,
             inherited=inherited,
-            call=OpCall(func, *kept, outputs, tuple(ignored), tuple(undefined)),
+            call=call,
         )
+
+    def _note(self, call, name) -> str:
+        """What there is to know of one argument."""
+        place = call.places[name]
+        notes = [self.weights[place]] if place in self.weights else []
+        if name in call.undefined:
+            notes.append(f"uninitialised memory of {self.undefined[place]}")
+        if name.partition("[")[0] in call.ignored:
+            notes.append("ignored by contract")
+        return ", ".join(notes)
 
 
 def keep_overwritten(func, args, kwargs, ignored):
-    """Returns (args, kwargs) to run, and both as they are before: copies of what will be written.
+    """Returns (args, kwargs) as they are before the op: copies of what it reads and writes.
 
-    What the op writes without reading it is not copied: it says nothing about the result.
+    What it writes without reading is not copied: it says nothing about the result.
     """
     traits = read_traits(func)
     read_and_written = traits.written - ignored
     if not read_and_written:
-        return args, kwargs, (args, kwargs)
+        return args, kwargs
 
     def keep(name, value):
+        if name not in read_and_written:
+            return value
         with suspended():
-            if name not in read_and_written:
-                return value
             if isinstance(value, torch.Tensor):
                 return value.clone()
             return [v.clone() if isinstance(v, torch.Tensor) else v for v in value or ()]
 
-    kept_args = tuple(keep(name, value) for name, value in zip(traits.names, args, strict=False))
-    kept_kwargs = {name: keep(name, value) for name, value in kwargs.items()}
-    return args, kwargs, (kept_args, kept_kwargs)
-
-
-def is_bad(tensor, inputs=None, named=None) -> bool:
-    """Whether a tensor holds NaN, +inf, or -inf that is no mask.
-
-    Without `inputs` -inf counts as a mask. With them, the tensors and arguments of the op that made
-    it, it is one if an input holds -inf, or if it was given as a number (`masked_fill(-inf)`).
-    """
-    if not tensor.is_floating_point():
-        return False
-    values = tensor.detach()
-    if bool(values.isfinite().all()):
-        return False
-    values = values.cpu()
-    if bool(values.isnan().any()) or bool((values == float("inf")).any()):
-        return True
-    if inputs is None:
-        return False
-    numbers = [v for v in named.values() if isinstance(v, float)]
-    return float("-inf") not in numbers and not any(
-        bool((t.detach().cpu() == float("-inf")).any())
-        for t in inputs.values()
-        if t.is_floating_point()
+    return (
+        tuple(keep(name, value) for name, value in zip(traits.names, args, strict=False)),
+        {name: keep(name, value) for name, value in kwargs.items()},
     )
+
+
+def is_finite(tensor) -> bool:
+    """Whether a tensor holds neither NaN nor Inf."""
+    return not tensor.is_floating_point() or bool(tensor.detach().isfinite().all())
+
+
+def is_mask(named, outputs) -> bool:
+    """Whether -inf alone was written as a constant, as by `masked_fill(-inf)` or `full(-inf)`."""
+    numbers = [value for value in named.values() if isinstance(value, float)]
+    is_up = any(bool((tensor == float("inf")).any()) for tensor in outputs)
+    return float("-inf") in numbers and not is_up
+
+
+def is_constant(named) -> bool:
+    """Whether a NaN was written as a number: a suspect, for nobody may ever read it."""
+    return any(isinstance(value, float) and math.isnan(value) for value in named.values())
 
 
 def storage_of(tensor) -> int:

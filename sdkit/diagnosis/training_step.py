@@ -28,6 +28,7 @@ def diagnose_training_step(measure_loss, modules) -> Diagnosis:
         loss = measure_loss()
         progress["pass"] = "backward"
         loss.backward()
+        return [loss, *(p.grad for p in parameters if p.grad is not None)]
 
     try:
         for parameter in parameters:

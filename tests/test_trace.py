@@ -1,0 +1,135 @@
+"""The op-level trace alone: views, in-place ops, masks, lists, memory; producers and carriers."""
+
+import pytest
+import torch
+from torch import nn
+
+from sdkit.diagnosis.cause import find_cause
+from sdkit.diagnosis.trace import find_first_bad_op
+
+NAN, INF = float("nan"), float("inf")
+
+
+class Model(nn.Module):
+    """One linear and a function."""
+
+    def __init__(self, function):
+        super().__init__()
+        torch.manual_seed(0)
+        self.linear = nn.Linear(4, 4)
+        self.function = function
+
+    def forward(self, values):
+        return self.function(self.linear(values))
+
+
+def trace(function, values=None, **options):
+    model = Model(function)
+    values = torch.ones(2, 4) if values is None else values
+    with torch.no_grad():
+        return find_first_bad_op(lambda: model(values), {"unet": model}, **options)
+
+
+def test_finite_ops_are_not_accused():
+    assert trace(lambda x: x.softmax(-1)) is None
+
+
+@pytest.mark.parametrize(
+    ("function", "op"),
+    [
+        (lambda x: (x * 0) / (x * 0), "aten.div.Tensor"),
+        (lambda x: (x * 0).log(), "aten.log.default"),
+        (lambda x: x.mul_(0).div_(0).add_(1), "aten.div_.Scalar"),
+        (lambda x: torch.cat([x, (x * 0).rsqrt()]), "aten.rsqrt.default"),
+        (lambda x: {"sample": ((x.abs() + 100).exp(), 3)}, "aten.exp.default"),
+        (lambda x: (x.abs() + 100).exp_().unsqueeze(0).chunk(2, -1)[1] * 0, "aten.exp_.default"),
+    ],
+)
+def test_the_producer_is_named_not_the_carrier(function, op):
+    found = trace(function)
+    assert found.op == op or found.op.replace("Scalar", "Tensor") == op.replace("Scalar", "Tensor")
+    assert found.module == "unet" and found.source.startswith("test_trace.py")
+
+
+def test_an_inf_in_place_is_traced_to_its_origin():
+    found = trace(lambda x: ((x.abs() + 100).exp().mul_(2).sub_(1)) * 0)
+    assert found.op == "aten.exp.default"
+
+
+def test_in_place_inputs_are_kept_from_before():
+    found = trace(lambda x: (x * 0 + 2).div_(0))
+    divided = next(summary for summary in found.inputs if summary.name == "self")
+    assert (divided.minimum, divided.maximum, divided.inf_count) == (2, 2, 0)
+
+
+@pytest.mark.parametrize(
+    "function",
+    [
+        lambda x: x.masked_fill(x < 10, -INF).index_fill(1, torch.tensor([0]), 1.0).softmax(-1),
+        lambda x: (x + torch.full((2, 4), -INF).triu(1)).clamp(min=-5),
+        lambda x: (x.abs() + 100).exp().sigmoid(),
+        lambda x: torch.empty(2, 4).fill_(1) * x,
+        lambda x: torch.empty_like(x).copy_(x),
+    ],
+)
+def test_harmless_infinities_and_filled_memory_are_no_fault(function):
+    assert trace(function, memory="nan") is None
+
+
+def test_a_fully_masked_row_is_its_own_cause():
+    found = trace(lambda x: torch.full_like(x, -INF).softmax(-1))
+    assert (found.op, find_cause(found).name) == ("aten._softmax.default", "masked-softmax")
+
+
+def test_memory_that_nobody_wrote_is_named():
+    found = trace(lambda x: x + torch.empty(2, 4), memory="nan")
+    assert find_cause(found).name == "uninitialised-memory"
+    assert "uninitialised memory" in found.inputs[1].note
+    assert trace(lambda x: x + torch.empty(2, 4), memory="zeros") is None
+
+
+def test_half_written_memory_is_named():
+    def write_half(x):
+        buffer = torch.empty(4, 4)
+        buffer[:2] = x
+        return buffer * 1
+
+    assert find_cause(trace(write_half, memory="nan")).name == "uninitialised-memory"
+
+
+def test_a_buffer_that_must_be_ignored_is_not_blamed_on_the_caller():
+    def honest(x):
+        return torch.baddbmm(torch.full((1, 2, 2), NAN), x[None], x.T[None], beta=0)
+
+    assert trace(honest) is None
+
+
+def test_what_was_swallowed_is_told_with_the_swallower():
+    found = trace(lambda x: ((x * 0) / 0).nan_to_num(), look_for="swallowed")
+    assert found.op == "aten.div.Tensor" and "nan_to_num" in found.swallowed_by
+    assert trace(lambda x: x.nan_to_num(), look_for="swallowed") is None
+
+
+def test_flushing_is_found_and_softmax_is_not_accused():
+    assert trace(lambda x: (x.half() * 1e-2).square(), look_for="flushed") is None
+    found = trace(lambda x: (x.half() * 1e-5).square(), look_for="flushed")
+    assert found.op == "aten.pow.Tensor_Scalar" and found.outputs[0].largest == 0
+    assert trace(lambda x: (x.half() * 1e4).softmax(-1), look_for="flushed") is None
+
+
+def test_hooks_of_the_user_belong_to_their_module():
+    model = Model(torch.tanh)
+    model.linear.register_forward_hook(lambda module, args, output: output * NAN)
+    found = find_first_bad_op(lambda: model(torch.ones(2, 4)), {"unet": model})
+    assert found.module == "unet.linear"
+
+
+def test_everything_is_undone_when_the_model_raises():
+    def fail(x):
+        raise RuntimeError("of its own")
+
+    model = Model(fail)
+    with pytest.raises(RuntimeError, match="of its own"):
+        find_first_bad_op(lambda: model(torch.ones(2, 4)), {"unet": model})
+    assert not model._forward_hooks and not model.linear._forward_hooks
+    assert torch.utils._python_dispatch._get_current_dispatch_mode() is None
