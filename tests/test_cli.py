@@ -121,3 +121,33 @@ def test_demo_says_in_one_line_what_it_cannot_do(tmp_path):
     assert result.exit_code == 2
     assert "file" in result.stderr
     assert len(result.stderr.strip().splitlines()) == 1
+
+
+def test_diagnose_names_the_cause_proves_it_and_writes_the_reproduction(tiny_folder, tmp_path):
+    script = tmp_path / "reproduction.py"
+    options = ["--dtype", "float16", "--attention", "diffusers-sliced", "--steps", "2"]
+    emulation = ["--memory", "nan", "--reproduction", str(script)]
+    result = run("diagnose", "a shoe", "--model", str(tiny_folder), *options, *emulation)
+    assert result.exit_code == 1, result.output
+    assert "uninitialised-memory" in result.stdout and "yes: unet with SDPA" in result.stdout
+    assert len(script.read_text().splitlines()) <= 30
+
+
+def test_diagnose_exits_with_0_where_nothing_is_broken(tiny_folder):
+    result = run("diagnose", "a", "--model", str(tiny_folder), "--steps", "2", "--json")
+    assert result.exit_code == 0 and json.loads(result.stdout)["cause"] == "healthy"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--memory", "full"], "memory: got 'full'"),
+        (["--emulate", "nobody"], "fault: got 'nobody'"),
+        (["--model", "nowhere"], "nowhere"),
+        (["--incident", "nowhere"], "nowhere"),
+        (["--dtype", "float12"], "float12"),
+    ],
+)
+def test_diagnose_says_in_one_line_what_cannot_be(arguments, words):
+    result = run("diagnose", *arguments)
+    assert result.exit_code == 2 and words in result.stderr and "Traceback" not in result.output

@@ -5,7 +5,7 @@ import json
 import pytest
 import torch
 from diffusers.models.attention_processor import AttnProcessor, AttnProcessor2_0
-from tiny_pipelines import build_tiny_pipe
+from tiny_pipelines import build_tiny_pipe, build_tiny_xl_pipe
 
 from sdkit import diagnose
 from sdkit.diagnosis import CAUSES
@@ -190,3 +190,27 @@ def test_sdpa_is_left_alone_where_it_was(tokenizer_folder):
     pipe = build_tiny_pipe(tokenizer_folder)
     diagnose(pipe, "a shoe", prove=True, **FAST)
     assert all(type(p) is AttnProcessor2_0 for p in pipe.unet.attn_processors.values())
+
+
+@pytest.mark.parametrize("overflows", [True, False])
+def test_what_sdxls_own_upcast_hides_is_told(tokenizer_folder, overflows):
+    pipe = build_tiny_xl_pipe(tokenizer_folder)
+    pipe.set_progress_bar_config(disable=True)
+    pipe.vae.register_to_config(force_upcast=True)
+    if overflows:
+        with torch.no_grad():
+            pipe.vae.decoder.up_blocks[0].resnets[0].conv1.weight *= 2.0**17
+    with float16_arithmetic():
+        diagnosis = diagnose(pipe.to(torch.float16), "a shoe", **FAST)
+    assert diagnosis.cause == "healthy"
+    assert ("hides" in diagnosis.evidence["force_upcast"]) == overflows
+    if overflows:
+        assert diagnosis.evidence["hidden_cause"] == "range-overflow"
+        assert diagnosis.evidence["hidden_module"] == "vae.decoder.up_blocks.0.resnets.0.conv1"
+
+
+def test_several_images_a_prompt_and_embeddings_without_a_prompt(tiny_pipe):
+    assert diagnose(tiny_pipe, "a shoe", num_images_per_prompt=2, **FAST).evidence["images"] == 2
+    prompt_embeds = torch.full((1, 77, 32), NAN)
+    inputs = {"prompt_embeds": prompt_embeds, "negative_prompt_embeds": prompt_embeds}
+    assert diagnose(tiny_pipe, None, **inputs, **FAST).cause == "bad-input"

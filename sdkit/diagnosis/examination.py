@@ -400,13 +400,31 @@ def describe_underflow(bad, step, evidence) -> Diagnosis:
 def find_hidden_overflow(pipe, call) -> dict:
     """Whether diffusers' own rescue hides a fault: SDXL lifts a float16 VAE to float32.
 
-    It does so while `vae.config.force_upcast` is set, so the same VAE may overflow elsewhere.
+    It does so while `vae.config.force_upcast` is set. The same latents are decoded once more in
+    float16 to see what the rescue spares.
     """
     vae = getattr(pipe, "vae", None)
     is_lifted = vae is not None and getattr(vae.config, "force_upcast", False)
     if not is_lifted or vae.dtype is not torch.float16 or "XL" not in type(pipe).__name__:
         return {}
+    decoded = []
+    handle = vae.decoder.register_forward_pre_hook(lambda _, args: decoded.append(args[0]))
+    try:
+        call()
+    finally:
+        handle.remove()
+
+    def decode_in_float16():
+        with torch.no_grad():
+            return vae.decoder(decoded[-1].half())
+
+    bad = find_first_bad_op(decode_in_float16, {"vae": vae})
+    if bad is None:
+        return {"force_upcast": "diffusers decoded in float32; float16 would have been finite too"}
+    found = find_cause(bad)
     return {
-        "force_upcast": "diffusers decoded in float32 although this VAE is float16: an overflow of "
-        "the VAE in float16 would not show here"
+        "force_upcast": "diffusers decoded in float32, which hides a fault of this VAE in float16",
+        "hidden_cause": found.name,
+        "hidden_module": bad.module,
+        "hidden_op": bad.op,
     }

@@ -5,6 +5,7 @@ from dataclasses import replace
 
 import torch
 
+from sdkit.attention import allow_unsafe_attention
 from sdkit.device import describe_environment
 from sdkit.diagnosis.cause import Cause
 from sdkit.diagnosis.diagnosis import Diagnosis
@@ -51,13 +52,14 @@ def diagnose_incident(folder, *, model=None, backend="auto", prove=False) -> Dia
 def load_pipe(incident, model, backend):
     """The pipeline of the run, before any emulation begins."""
     run = incident.run
-    pipe, _ = load_pipeline(
-        model or run["model"],
-        backend="cpu" if incident.emulation is not None else backend,
-        dtype=dict(run["dtypes"]),
-        attention="diffusers-sliced" if set(run["attention"]) & set(SLICED) else "sdpa",
-        progress=False,
-    )
+    with allow_unsafe_attention():  # what it does is the question
+        pipe, _ = load_pipeline(
+            model or run["model"],
+            backend="cpu" if incident.emulation is not None else backend,
+            dtype=dict(run["dtypes"]),
+            attention="diffusers-sliced" if set(run["attention"]) & set(SLICED) else "sdpa",
+            progress=False,
+        )
     pipe.scheduler = make_scheduler(incident)
     pipe.set_progress_bar_config(disable=True)
     return pipe

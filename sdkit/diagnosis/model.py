@@ -3,6 +3,7 @@
 import warnings
 from contextlib import ExitStack
 
+from sdkit.attention import allow_unsafe_attention
 from sdkit.diagnosis.diagnosis import Diagnosis
 from sdkit.diagnosis.examination import diagnose
 from sdkit.emulate import FAULTS, EmulationWarning, mps
@@ -46,10 +47,11 @@ def diagnose_model(
     faults = tuple(faults or ("baddbmm-beta-zero",))
     check_names("memory", [memory or "zeros"], MEMORIES)
     check_names("fault", faults, FAULTS)
-    pipe, _ = load_pipeline(
-        model, backend="cpu" if is_emulated else backend, dtype=dtype, attention=attention
-    )
     with ExitStack() as stack:
+        stack.enter_context(allow_unsafe_attention())  # to show what it does is what this is for
+        pipe, _ = load_pipeline(
+            model, backend="cpu" if is_emulated else backend, dtype=dtype, attention=attention
+        )
         if is_emulated:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore", EmulationWarning)  # the diagnosis says it
