@@ -15,16 +15,15 @@ import torch
 from sdkit.device import describe_environment
 from sdkit.diagnosis.cause import Cause, find_cause
 from sdkit.diagnosis.diagnosis import Diagnosis
-from sdkit.diagnosis.experiments import LOW_DTYPES
 from sdkit.diagnosis.module_watch import ModuleWatch
 from sdkit.diagnosis.op_record import BadOp
 from sdkit.diagnosis.remedy import prove_remedy
 from sdkit.diagnosis.reproduction import shows_the_fault, write_reproduction
 from sdkit.diagnosis.trace import find_first_bad_op
-from sdkit.diagnosis.twin import in_float32
 from sdkit.emulate import active as find_emulation
 from sdkit.finding import ComponentCall, Finding, NonFiniteError
 from sdkit.guarding import find_components, guard, unguarded
+from sdkit.loading.lifting import LOW_DTYPES, in_float32
 from sdkit.validation import ValidationError, judge_image
 
 # Of an image in [0, 1]. Pictures of a night have a mean above this; the report's were 0.

@@ -15,7 +15,6 @@ from sdkit.finding import find_tensors
 
 SOFTMAX_OPS = frozenset({"_softmax", "_safe_softmax", "_log_softmax"})
 ATTENTION = "scaled_dot_product"
-LOW_DTYPES = (torch.float16, torch.bfloat16)
 
 
 @dataclass(frozen=True)

@@ -14,13 +14,12 @@ from diffusers.models.attention_processor import AttnProcessor2_0
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from sdkit.diagnosis.diagnosis import Diagnosis
-from sdkit.diagnosis.experiments import LOW_DTYPES, SOFTMAX_OPS
-from sdkit.diagnosis.twin import in_float32
+from sdkit.diagnosis.experiments import SOFTMAX_OPS
 from sdkit.emulate.memory import is_allocating
 from sdkit.emulate.mode import suspended
 from sdkit.finding import find_tensors
 from sdkit.guarding import find_components
-from sdkit.loading.border_casts import map_floats
+from sdkit.loading.lifting import LOW_DTYPES, computing, in_float32
 
 # Which arguments of a pipeline bring what the guard calls by these names.
 INPUTS = {
@@ -178,49 +177,6 @@ def find_module(pipe, path: str) -> torch.nn.Module:
     root, _, rest = path.partition(".")
     component = getattr(pipe, root)
     return getattr(component, "_orig_mod", component).get_submodule(rest)
-
-
-@contextmanager
-def computing(modules, *, on_cpu=False):
-    """Lets modules compute in float32 (on the CPU); what goes in and comes out keeps its kind."""
-    with ExitStack() as undo:
-        for module in modules:
-            undo.enter_context(computing_one(module, on_cpu))
-        yield
-
-
-@contextmanager
-def computing_one(module, on_cpu):
-    own, forward = vars(module).get("forward"), module.forward
-    tensors = [t for t in (*module.parameters(), *module.buffers()) if t.is_floating_point()]
-    kept = {tensor: tensor.data for tensor in tensors}
-
-    def compute(*args, **kwargs):
-        came = []  # (dtype, device) of the floats that came in
-
-        def take(tensor):
-            came.append((tensor.dtype, tensor.device))
-            return tensor.to("cpu" if on_cpu else tensor.device, torch.float32)
-
-        def give(tensor):
-            dtype, device = came[0] if came else (tensor.dtype, tensor.device)
-            return tensor.to(device, dtype)
-
-        with suspended() if on_cpu else nullcontext():
-            args, kwargs = map_floats(args, take), map_floats(kwargs, take)
-            return map_floats(forward(*args, **kwargs), give)
-
-    try:
-        for tensor, data in kept.items():
-            tensor.data = data.to("cpu" if on_cpu else data.device, torch.float32)
-        module.forward = compute
-        yield
-    finally:
-        del module.forward
-        if own is not None:
-            module.forward = own
-        for tensor, data in kept.items():
-            tensor.data = data
 
 
 @contextmanager

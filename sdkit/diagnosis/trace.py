@@ -25,7 +25,7 @@ from pathlib import Path
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from sdkit.diagnosis.experiments import LOW_DTYPES, SOFTMAX_OPS, measure_flushed
+from sdkit.diagnosis.experiments import SOFTMAX_OPS, measure_flushed
 from sdkit.diagnosis.op_record import BadOp, OpCall, summarize
 from sdkit.diagnosis.op_traits import (
     find_ignored,
@@ -36,6 +36,7 @@ from sdkit.diagnosis.op_traits import (
 )
 from sdkit.emulate.mode import is_composite, suspended
 from sdkit.finding import find_tensors
+from sdkit.loading.lifting import LOW_DTYPES
 
 OPS_BEFORE = 12
 FLUSHED_SHARE = 0.5

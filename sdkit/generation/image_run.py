@@ -14,7 +14,7 @@ holds for all noise of pipelines that pack their latents, as Flux does, in forms
 
 import inspect
 import time
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
@@ -35,6 +35,7 @@ from sdkit.generation.record import (
     save_png,
 )
 from sdkit.generation.request import packs_latents
+from sdkit.generation.rescue import Rescuer
 from sdkit.guarding import find_components, guard
 from sdkit.validation import ValidationError, judge_image
 
@@ -49,6 +50,7 @@ class ImageRun:
         call: Further arguments of the pipeline call.
         folder: Where to save, or None.
         raises: Whether the first bad image ends the run.
+        rescues: Whether bad calls are made again in float32.
         record: What is known before the first image.
         images: The ImageRecord of each image so far.
         seconds: (seconds, images) of each pipeline call so far.
@@ -59,6 +61,7 @@ class ImageRun:
     call: dict
     folder: Path | None
     raises: bool
+    rescues: bool
     record: RunRecord
     images: list = field(default_factory=list)
     seconds: list = field(default_factory=list)
@@ -67,10 +70,20 @@ class ImageRun:
         """Prepares what listens to the warnings and what measures the memory."""
         self.caught = CaughtWarnings()
         self.meter = MemoryMeter(self.record.device)
+        self.rescuer = Rescuer(self.pipe, is_emulated=self.record.emulated is not None)
+
+    @contextmanager
+    def listening(self):
+        """Catches warnings, measures memory and stands by to rescue while images are made."""
+        with self.caught, self.meter, ExitStack() as stack:
+            if self.rescues:
+                stack.enter_context(self.rescuer.installed())
+            yield
 
     def make_batch(self, indices):
         """Makes, judges and saves some images; raises at the first bad one if that was asked."""
         started = self._read_clock()
+        self.rescuer.begin_pipeline_call()
         try:
             with guard(self.pipe, on_nonfinite="raise" if self.raises else "record") as report:
                 output = self.pipe(**self._arguments(indices))
@@ -110,6 +123,7 @@ class ImageRun:
         return replace(
             self.record,
             images=tuple(self.images),
+            rescue=self.rescuer.log.to_dict() if self.rescues else None,
             warnings=self.caught.count(),
             cast_warning=self.caught.has_cast_warning,
             first_seconds=_mean_seconds(first),

@@ -3,6 +3,7 @@
 import hashlib
 import json
 import math
+from collections import Counter
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 
@@ -11,7 +12,7 @@ from PIL import Image, PngImagePlugin
 from sdkit.run_folder import replace_file
 from sdkit.validation import ValidationError
 
-RECORD_VERSION = 2  # 1 did not name the input images
+RECORD_VERSION = 3  # 1 did not name the input images
 RECORD_NAME = "record.json"
 PROVENANCE_KEY = "sdkit"
 
@@ -84,6 +85,8 @@ class RunRecord:
         first_seconds: Seconds an image in the first pipeline call, which carries the warm-up.
         rest_mean_seconds: Mean seconds an image in the calls after it; None if there was none.
         memory: {"peak_process_gib", "peak_device_gib"}, or None if emulated.
+        rescue: What was made again in float32, as `RescueLog.to_dict` gives it; None where nobody
+            stood by.
         environment: What `describe_environment` returned.
         emulated: The emulation that was active, or None. Seconds and memory mean nothing under it,
             so they are None.
@@ -105,6 +108,7 @@ class RunRecord:
     first_seconds: float | None
     rest_mean_seconds: float | None
     memory: dict | None
+    rescue: dict | None
     environment: dict
     emulated: str | None
 
@@ -126,6 +130,8 @@ class RunRecord:
             parts.append(f"first {self.first_seconds:.2f} s")
         if self.rest_mean_seconds is not None:
             parts.append(f"then {self.rest_mean_seconds:.2f} s an image")
+        if self.rescue and self.rescue["rescues"]:
+            parts.append(describe_rescue(self.rescue))
         if not self.complete:
             parts.append(f"STOPPED: {self.error}")
         return " · ".join(parts)
@@ -197,6 +203,16 @@ def hash_pixels(pil_image):
     return hashlib.sha256(pil_image.tobytes()).hexdigest()
 
 
+def describe_rescue(rescue):
+    """Returns in a few words what was made again, "rescued in float32: unet 2 of 25 calls"."""
+    counts = Counter(entry["component"] for entry in rescue["rescues"] if entry["rescued"])
+    words = []
+    for name, count in counts.items():
+        switched = ", then switched over" if name in rescue["switched_over"] else ""
+        words.append(f"{name} {count} of {rescue['calls'][name]} calls{switched}")
+    return f"rescued in float32: {'; '.join(words) or 'nothing'}"
+
+
 def plain(value):
     """Returns a value as JSON can hold it: NaN becomes None, an object the name of its class."""
     if value is None or isinstance(value, (bool, int, str)):
@@ -261,12 +277,14 @@ def _parse(text):
 
 
 def _upgrade(content):
-    """Makes content of version 1, which named no input image, one of the present version."""
+    """Makes content of version 1 (no input images) or 2 (no rescues) one of the present version."""
     if content.get("version") == 1 and isinstance(content.get("images"), list):
-        content["version"] = RECORD_VERSION
+        content["version"] = 2
         for image in content["images"]:
             if isinstance(image, dict):
                 image["input_image"] = None
+    if content.get("version") == 2:
+        content.update(version=RECORD_VERSION, rescue=None)
     return content
 
 

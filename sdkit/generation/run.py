@@ -25,6 +25,7 @@ from sdkit.generation.request import (
 from sdkit.guarding import find_components
 from sdkit.validation import ValidationError
 
+ON_NONFINITE = ("raise", "skip", "rescue")
 EMULATED_BAR = "{desc}{percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt} (emulated: no seconds)"
 
 
@@ -62,7 +63,9 @@ def generate(
         output_folder: Where the images and `record.json` go; None keeps them in memory alone. Use
             one folder a run: what this run would write is removed from it first.
         on_nonfinite: "raise" stops at the first NaN, Inf or invalid image (black or flat ones too);
-            "skip" records and drops it and goes on, within a batch as well.
+            "skip" records and drops it and goes on, within a batch as well. "rescue" makes a
+            component call that came out NaN or Inf again in float32, before the scheduler has used
+            it, and raises only if that does not help; the record tells what was done.
         progress: Whether to show a progress bar.
         **pipe_kwargs: Handed on to the pipeline call.
 
@@ -81,8 +84,10 @@ def generate(
     record and shown once each when it ends. Python's filters are the process's, so do not generate
     in two threads at once.
     """
-    if on_nonfinite not in ("raise", "skip"):
-        raise ValidationError(f'on_nonfinite: got {on_nonfinite!r}, expected "raise" or "skip".')
+    if on_nonfinite not in ON_NONFINITE:
+        raise ValidationError(
+            f"on_nonfinite: got {on_nonfinite!r}, expected one of {', '.join(ON_NONFINITE)}."
+        )
     find_components(pipe)
     pipe = _choose_pipeline(pipe, image)
     check_pipeline(pipe, image=image, negative_prompt=negative_prompt)
@@ -115,7 +120,15 @@ def generate(
         **plain(call),
     }
     record = _describe_run(pipe, settings)
-    run = ImageRun(pipe, request, call, folder, raises=on_nonfinite == "raise", record=record)
+    run = ImageRun(
+        pipe,
+        request,
+        call,
+        folder,
+        raises=on_nonfinite != "skip",
+        rescues=on_nonfinite == "rescue",
+        record=record,
+    )
     return _make_images(run, batch_size, progress)
 
 
@@ -123,7 +136,7 @@ def _make_images(run, batch_size, progress):
     """Makes the images batch by batch, the record saved after each, and returns the final one."""
     count = len(run.request)
     try:
-        with run.caught, run.meter, _progress_bar(run.pipe, count, progress) as bar:
+        with run.listening(), _progress_bar(run.pipe, count, progress) as bar:
             for start in range(0, count, batch_size):
                 indices = range(start, min(start + batch_size, count))
                 run.make_batch(indices)
@@ -193,6 +206,7 @@ def _describe_run(pipe, settings):
         first_seconds=None,
         rest_mean_seconds=None,
         memory=None,
+        rescue=None,
         environment=plain(describe_environment(str(pipe._execution_device))),
         emulated=find_emulation(),
     )
