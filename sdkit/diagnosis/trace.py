@@ -16,7 +16,6 @@ Four rules keep it honest:
 import linecache
 import math
 import sys
-from bisect import bisect_right
 from collections import deque
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
@@ -26,6 +25,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from sdkit.diagnosis.experiments import SOFTMAX_OPS, measure_flushed
+from sdkit.diagnosis.module_path import ModulePath
 from sdkit.diagnosis.op_record import BadOp, OpCall, summarize
 from sdkit.diagnosis.op_traits import (
     find_ignored,
@@ -85,15 +85,13 @@ class OpTrace(TorchDispatchMode):
 
     def __init__(self, modules, *, look_for="bad", memory=None, outside_only=False):
         super().__init__()
-        self.modules = modules
+        self.path = ModulePath(modules)
         self.look_for = look_for
         self.memory = memory
         self.outside_only = outside_only
         self.found = None
         self.producer = self.latest_suspect = None
         self.before = deque(maxlen=OPS_BEFORE)
-        self.running = []  # paths of the modules that are running, innermost last
-        self.changes = []  # (autograd sequence number, path that runs from there on), in order
         self.undefined = {}  # {storage: op that gave it out}
         self.suspects = {}  # {storage that holds an Inf: the BadOp that made the Inf}
         self.weights = {}  # {storage: name}
@@ -102,49 +100,20 @@ class OpTrace(TorchDispatchMode):
     def installed(self):
         """Enters the mode and follows the modules; removes every trace of itself after."""
         with ExitStack() as undo:
-            for root, component in self.modules.items():
-                for name, module in component.named_modules():
-                    self._follow(module, f"{root}.{name}".rstrip("."), undo)
+            for root, component in self.path.modules.items():
                 for kind in (component.named_parameters, component.named_buffers):
                     for name, tensor in kind():
                         self.weights[storage_of(tensor)] = f"{root}.{name}"
+            undo.enter_context(self.path.followed())
             undo.enter_context(self)
             yield self
-
-    def _follow(self, module, path, undo):
-        """First of the module's hooks on the way in, last on the way out: hooks are its too."""
-
-        def enter(module, args):
-            self.running.append(path)
-            self.changes.append((torch._C._autograd._get_sequence_nr(), path))
-
-        def leave(module, args, output):
-            if self.running and self.running[-1] == path:
-                self.running.pop()
-            self.changes.append((torch._C._autograd._get_sequence_nr(), self.module))
-
-        before = module.register_forward_pre_hook(enter, prepend=True)
-        after = module.register_forward_hook(leave, always_call=True)
-        undo.callback(before.remove)
-        undo.callback(after.remove)
-
-    @property
-    def module(self):
-        """Path of the innermost module that is running, in a backward that of its forward."""
-        if self.running:
-            return self.running[-1]
-        node = torch._C._current_autograd_node()
-        if node and self.changes:
-            index = bisect_right(self.changes, node._sequence_nr(), key=lambda change: change[0])
-            return self.changes[max(0, index - 1)][1]
-        return next(iter(self.modules), "")
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
         if is_composite(func):  # under inference_mode these arrive whole
             with self:
                 return func.decompose(*args, **kwargs)
-        if self.outside_only and self.running:
+        if self.outside_only and self.path.running:
             return func(*args, **kwargs)
         named = name_arguments(func, args, kwargs)
         ignored = find_ignored(func, named)
@@ -170,7 +139,7 @@ class OpTrace(TorchDispatchMode):
             judge = self._judge_flushing if self.look_for == "flushed" else self._judge
             judge(call)
             self._mark_written(traits, call)
-        self.before.append(f"{self.module}: {call.func}")
+        self.before.append(f"{self.path.innermost}: {call.func}")
 
     def _judge(self, call):
         bad_outputs = [tensor for tensor in call.output if not is_finite(tensor)]
@@ -223,7 +192,7 @@ class OpTrace(TorchDispatchMode):
             if not made_by or is_finite(tensor):
                 continue
             if bool(tensor.isnan().any()) or (cuts and call.places[name] in self.suspects):
-                self.found = replace(made_by, swallowed_by=f"{self.module}: {call.func}")
+                self.found = replace(made_by, swallowed_by=f"{self.path.innermost}: {call.func}")
                 raise _Found
 
     def _judge_flushing(self, call):
@@ -248,7 +217,7 @@ class OpTrace(TorchDispatchMode):
         count = len(call.output)
         return BadOp(
             op=str(call.func),
-            module=self.module,
+            module=self.path.innermost,
             source=source,
             source_line=line,
             inputs=tuple(

@@ -1,0 +1,63 @@
+"""Which module is running now: its dotted path from the pipeline, also during a backward."""
+
+from bisect import bisect_right
+from contextlib import ExitStack, contextmanager
+
+import torch
+
+
+class ModulePath:
+    """Follows the modules of some components while `followed()`.
+
+    Attributes:
+        modules: {name: component} of those that are followed.
+        running: Paths of the modules that are running, innermost last.
+    """
+
+    def __init__(self, modules, *, on_enter=None, on_leave=None):
+        """Takes {name: component}, and functions of a path called on the way in and out."""
+        self.modules = modules
+        self.on_enter, self.on_leave = on_enter, on_leave
+        self.running = []
+        self.changes = []  # (autograd sequence number, path that runs from there on), in order
+
+    @contextmanager
+    def followed(self):
+        """Puts hooks on every module, and removes them after."""
+        with ExitStack() as undo:
+            for root, component in self.modules.items():
+                for name, module in component.named_modules():
+                    self._follow(module, f"{root}.{name}".rstrip("."), undo)
+            yield self
+
+    def _follow(self, module, path, undo):
+        """First of the module's hooks on the way in, last on the way out: hooks are its too."""
+
+        def enter(module, args):
+            self.running.append(path)
+            self.changes.append((torch._C._autograd._get_sequence_nr(), path))
+            if self.on_enter:
+                self.on_enter(path)
+
+        def leave(module, args, output):
+            if self.running and self.running[-1] == path:
+                self.running.pop()
+            self.changes.append((torch._C._autograd._get_sequence_nr(), self.innermost))
+            if self.on_leave:
+                self.on_leave(path)
+
+        before = module.register_forward_pre_hook(enter, prepend=True)
+        after = module.register_forward_hook(leave, always_call=True)
+        undo.callback(before.remove)
+        undo.callback(after.remove)
+
+    @property
+    def innermost(self):
+        """Path of the innermost module that is running, in a backward that of its forward."""
+        if self.running:
+            return self.running[-1]
+        node = torch._C._current_autograd_node()
+        if node and self.changes:
+            index = bisect_right(self.changes, node._sequence_nr(), key=lambda change: change[0])
+            return self.changes[max(0, index - 1)][1]
+        return next(iter(self.modules), "")
