@@ -259,7 +259,7 @@ class _Watch:
         """Moves to the step of this denoiser call; returns True if a new run begins with it."""
         if isinstance(timestep, torch.Tensor):
             timestep = timestep.flatten()[0].item()  # one for the batch, or one a row
-        position = _find_position(self._find_pipe(), timestep, self.position)
+        position = find_position(self._find_pipe(), timestep, self.position)
         if position is None:  # not in the schedule (Flux divides by 1000): count the changes
             previous = -1 if self.position is None else self.position
             rises = None not in (timestep, self.timestep) and timestep > self.timestep
@@ -302,7 +302,7 @@ class _Watch:
             raise NonFiniteError(finding.message, finding)
 
 
-def _find_position(pipe, timestep, previous):
+def find_position(pipe, timestep, previous):
     """Index into scheduler.timesteps of a call at this timestep, after a call at `previous`.
 
     The next index comes first, for second-order schedulers list a timestep twice; then the same
