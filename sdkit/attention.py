@@ -188,7 +188,7 @@ def check_baddbmm(device, user):
         raise ValidationError(
             f"{user}: multiplies into uninitialised memory, and on {device} with torch "
             f"{torch.__version__} {problem}. Images turn black whenever stale memory holds a NaN "
-            '(pytorch#187521). Load with attention="sdpa", or call '
+            '(pytorch#187521). Load with attention="sdpa" or "sliced", or call '
             "pipe.unet.set_attn_processor(AttnProcessor2_0()) from "
             f"diffusers.models.attention_processor; or upgrade to torch >= {FIXED_IN}."
         )

@@ -142,7 +142,7 @@ def diagnose(
     ] = None,
     backend: Annotated[str, typer.Option(help="auto, mps, cuda, cuda:1 or cpu.")] = "auto",
     dtype: Annotated[str, typer.Option(help="auto, float16, bfloat16 or float32.")] = "auto",
-    attention: Annotated[str, typer.Option(help="sdpa or diffusers-sliced.")] = "sdpa",
+    attention: Annotated[str, typer.Option(help="sdpa, sliced or diffusers-sliced.")] = "sdpa",
     steps: Annotated[int, typer.Option(help="Denoising steps.", min=1)] = 25,
     guidance: Annotated[float, typer.Option(help="Guidance scale.")] = 7.5,
     seed: Annotated[int, typer.Option(help="Image i is drawn from seed + i.")] = 0,

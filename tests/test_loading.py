@@ -219,7 +219,7 @@ def test_sizes_that_sdxl_embeds_reach_a_float16_unet_unrounded(tiny_xl_folder):
         ("tiny", {"dtype": None}, "expected auto, float32"),
         ("tiny", {"dtype": {"unet": "half"}}, "'half': expected"),
         ("tiny", {"dtype": {"tokenizer": "float16"}}, "text_encoder, unet, vae, default"),
-        ("tiny", {"attention": "sliced"}, 'expected "sdpa".*"diffusers-sliced"'),
+        ("tiny", {"attention": "slice"}, 'expected "sdpa".*"sliced".*"diffusers-sliced"'),
         ("tiny", {"variant": "fp16"}, "variant='fp16' is not there, found no variant"),
         ("tiny", {"config": "somewhere"}, "for single files only"),
         ("tiny/unet", {}, "one component, not a pipeline"),

@@ -31,11 +31,12 @@ from sdkit.loading.dtype_policy import (
 from sdkit.loading.load_warnings import collect_warnings, refuse_invented_weights
 from sdkit.loading.report import LoadReport
 from sdkit.loading.weights import check_components, check_weights, count_weight_bytes
+from sdkit.slicing import SLICE_BYTES, use_sliced_attention
 from sdkit.validation import ValidationError
 
 __all__ = ["LoadReport", "PrecisionWarning", "load_pipeline"]
 
-ATTENTIONS = ("sdpa", "diffusers-sliced")
+ATTENTIONS = ("sdpa", "sliced", "diffusers-sliced")
 GUARD_ON = (
     "on, for float16 on MPS: every call raises at its first NaN or Inf. Inside `with guard(pipe):` "
     "that one decides; sdkit.guarding.remove_guard(pipe) takes it off"
@@ -74,8 +75,9 @@ def load_pipeline(
         dtype: "auto" (see `choose_dtypes`), "float32", "float16", "bfloat16", a torch.dtype, or a
             dict of these by component, such as {"unet": "float16", "vae": "float32"}: then casts
             are installed at the borders, where stock pipelines crash.
-        attention: "sdpa", or "diffusers-sliced" for diffusers' attention slicing, which is refused
-            on a device whose `baddbmm` reads memory that it must ignore; see `sdkit.attention`.
+        attention: "sdpa"; "sliced" for less memory where SDPA materialises scores, as on MPS (see
+            `sdkit.slicing`); or "diffusers-sliced" for diffusers' attention slicing, which is
+            refused on a device whose `baddbmm` reads memory that it must ignore.
         variant: Such as "fp16", for `*.fp16.safetensors` files.
         config: For a single file: a pipeline folder of the same architecture; see
             `find_config_folder`.
@@ -149,9 +151,9 @@ def load_pipeline(
 def _check_attention(attention):
     if attention not in ATTENTIONS:
         raise ValidationError(
-            f'attention={attention!r}: expected "sdpa" (fast and safe, the default) or '
-            '"diffusers-sliced" (less memory; see notebooks/01_diagnose_black_images.ipynb for '
-            "what it does on MPS)."
+            f'attention={attention!r}: expected "sdpa" (fast and safe, the default), "sliced" '
+            '(less memory, as safe) or "diffusers-sliced" (less memory; see '
+            "notebooks/01_diagnose_black_images.ipynb for what it does on MPS)."
         )
 
 
@@ -216,9 +218,16 @@ def _load_single_file(checkpoint, dtypes):
 
 
 def _enable_attention(pipe, attention):
-    """Turns on diffusers' slicing if that was asked for, and returns what attention does here."""
+    """Turns on the slicing that was asked for, and returns what attention does here."""
     if attention == "sdpa":
         return "one fused call, diffusers' default"
+    if attention == "sliced":
+        counts = use_sliced_attention(pipe)
+        layers = ", ".join(f"{count} layers of {name}" for name, count in counts.items())
+        return (
+            f"{layers}, at most {SLICE_BYTES // 1024**2} MiB of scores at a time; scaled before "
+            "the product, scores in float32, no memory read that was not written"
+        )
     sliceable = [m for m in pipe.components.values() if hasattr(m, "set_attention_slice")]
     heads = [
         layer.sliceable_head_dim

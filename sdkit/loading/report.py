@@ -16,7 +16,7 @@ class LoadReport:
         device_reason: why.
         dtypes: {component: dtype name}, as found after loading.
         dtype_reason: Why these.
-        attention: "sdpa" or "diffusers-sliced".
+        attention: "sdpa", "sliced" or "diffusers-sliced".
         attention_reason: What that means here.
         border_casts: Components whose inputs are cast, for the dtypes differ.
         weight_bytes: {component: bytes of its parameters and buffers}.

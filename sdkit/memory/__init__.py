@@ -1,0 +1,1 @@
+"""What a model takes, from shapes alone: the live bytes of a run that computes nothing."""
