@@ -7,9 +7,12 @@ import torch
 
 from sdkit.attention import allow_unsafe_attention
 from sdkit.device import describe_environment
+from sdkit.diagnosis.bad_call import examine_finding
 from sdkit.diagnosis.cause import Cause
 from sdkit.diagnosis.diagnosis import Diagnosis
-from sdkit.diagnosis.examination import Run, describe, diagnose, examine_finding, run_guarded
+from sdkit.diagnosis.examination import diagnose
+from sdkit.diagnosis.guarded_run import Run, run_guarded
+from sdkit.diagnosis.place import describe
 from sdkit.diagnosis.remedy import prove_remedy
 from sdkit.emulate import active as find_emulation
 from sdkit.emulate.again import emulate_again

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 import torch
 
-from sdkit.diagnosis.examination import stage_of
+from sdkit.diagnosis.place import stage_of
 from sdkit.emulate.mode import suspended
 from sdkit.finding import find_tensors
 from sdkit.guarding import find_components, unguarded
@@ -135,7 +135,7 @@ def measure_scores(pipe, prompts, *, seed=0, **pipe_kwargs) -> tuple[Score, ...]
 
 
 def run_once(pipe, prompts, seed, pipe_kwargs):
-    """The pipeline call as a user makes it, with no guard to stop it; no image is cast to 8 bits."""
+    """The pipeline call as a user makes it, with no guard to stop it."""
     prompts = [prompts] if isinstance(prompts, str) else list(prompts)
     generators = [torch.Generator("cpu").manual_seed(seed + i) for i in range(len(prompts))]
     with unguarded(pipe):

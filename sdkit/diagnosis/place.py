@@ -1,0 +1,41 @@
+"""Puts a place and a cause together: where in the pipeline, in the words of a Diagnosis."""
+
+from sdkit.diagnosis.cause import Cause
+from sdkit.diagnosis.diagnosis import Diagnosis
+from sdkit.diagnosis.op_record import BadOp
+from sdkit.diagnosis.reproduction import shows_the_fault, write_reproduction
+
+
+def describe(stage, step, module, bad: BadOp | None, cause: Cause) -> Diagnosis:
+    """Puts a place and a cause together; a fault of the backend gets its reproduction."""
+    evidence, script = cause.evidence, None
+    breaks_its_contract = cause.name == "uninitialised-memory" and bad.call.ignored
+    if bad and (cause.name == "backend-fault" or breaks_its_contract):
+        script = write_reproduction(bad)
+        if not shows_the_fault(script):
+            script = None
+            evidence = {**evidence, "reproduction": "inputs drawn anew do not show it"}
+    return Diagnosis(
+        stage=stage,
+        step=step,
+        module=plain_path(cause.module or module),
+        op=bad and bad.op,
+        cause=cause.name,
+        evidence=evidence,
+        remedy=cause.remedy,
+        reproduction=script,
+        bad_op=bad,
+    )
+
+
+def plain_path(path: str | None) -> str | None:
+    """A module's path without what torch.compile puts into it."""
+    return path and path.replace("_orig_mod.", "").removesuffix("._orig_mod")
+
+
+def stage_of(module: str) -> str:
+    """The stage that a module's path belongs to."""
+    root = module.partition(".")[0]
+    if root.startswith("text_encoder"):
+        return "text_encoder"
+    return "vae" if root == "vae" else "unet"
