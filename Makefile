@@ -14,7 +14,7 @@ demo: $(VENV)/installed
 	$(BIN)/sdkit demo --output runs/demo
 
 figures: demo
-	cp runs/demo/*/figures/*.png figures/
+	cp runs/demo/*/figures/*.png runs/demo/*/figures/*.csv figures/
 
 test: $(VENV)/installed-test
 	$(BIN)/ruff check .

@@ -7,7 +7,7 @@ comes: zeros, filled in behind every allocation, and NaN, which torch's determin
 
 import json
 import warnings
-from contextlib import contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -17,13 +17,13 @@ from PIL import Image
 from sdkit.attention import allow_unsafe_attention
 from sdkit.diagnosis.remedy import ZeroedMemory
 from sdkit.emulate import EmulationWarning, mps
-from sdkit.emulate.memory import MEMORIES
 from sdkit.generation import generate
 from sdkit.loading import load_pipeline
 from sdkit.run_folder import replace_file
 
 FAULTY, HONEST, OWN = "reads its ignored input", "honest", "the device's own"
 KERNEL_FAULTS = {FAULTY: ("baddbmm-beta-zero",), HONEST: (), OWN: None}
+EMULATED_MEMORIES = ("zeros", "stale_float16", "stale_float32", "nan")
 REAL_MEMORIES = ("as it comes", "zeros", "nan")
 ATTENTIONS = ("diffusers-sliced", "sdpa")
 FORMAT_VERSION = 1
@@ -69,7 +69,9 @@ class Cell:
 def list_conditions(is_emulated: bool) -> tuple[tuple[str, str], ...]:
     """The columns of the grid, (kernel, memory): what can be chosen on this device."""
     if is_emulated:
-        return tuple((kernel, memory) for kernel in (FAULTY, HONEST) for memory in MEMORIES)
+        return tuple(
+            (kernel, memory) for kernel in (FAULTY, HONEST) for memory in EMULATED_MEMORIES
+        )
     return tuple((OWN, memory) for memory in REAL_MEMORIES)
 
 
@@ -134,18 +136,15 @@ def on_device(memory, faults=None):
     """Runs the body on the emulated Mac, or on the real device with memory as far as it goes.
 
     Args:
-        memory: One of `sdkit.emulate.memory.MEMORIES` or, on a real device, of `REAL_MEMORIES`.
+        memory: One of `EMULATED_MEMORIES` or, on a real device, of `REAL_MEMORIES`.
         faults: Of the emulated device; None is the real one.
     """
     if faults is not None:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", EmulationWarning)  # whoever calls says it
-            emulation = mps(memory, faults)
-            emulation.__enter__()
-        try:
+        with ExitStack() as stack:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore", EmulationWarning)  # whoever calls says it
+                stack.enter_context(mps(memory, faults))
             yield
-        finally:
-            emulation.__exit__(None, None, None)
         return
     fills = {"as it comes": nullcontext, "zeros": ZeroedMemory, "nan": nan_filled_memory}
     with fills[memory]():
