@@ -154,7 +154,7 @@ def test_json_holds_everything_but_tensors(tiny_pipe):
     content = json.loads(diagnosis.to_json())
     assert content["bad_op"]["module"] == diagnosis.module
     assert content["bad_op"]["outputs"][0]["inf_count"] > 0
-    assert content["environment"]["torch"] == torch.__version__
+    assert torch.__version__.startswith(content["environment"]["torch"])
     assert "call" not in content["bad_op"]
     assert diagnosis.cause in str(diagnosis) and diagnosis.message.startswith(
         "range-overflow: unet"
