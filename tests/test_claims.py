@@ -5,18 +5,15 @@ import pytest
 
 from sdkit.diagnosis.ablation import FAULTY, HONEST, OWN, Cell
 from sdkit.diagnosis.claims import (
-    COMPUTED,
     CONFIRMED,
-    FLOAT16_SECONDS,
-    FLOAT32_SECONDS,
     REFUTED,
     VERDICTS,
-    cast_to_8_bits,
-    count_parameters,
-    count_shown_warnings,
     judge_claims,
     tabulate_claims,
 )
+from sdkit.diagnosis.claims.claim import COMPUTED
+from sdkit.diagnosis.claims.cost import FLOAT16_SECONDS, FLOAT32_SECONDS, count_parameters
+from sdkit.diagnosis.claims.symptom import cast_to_8_bits, count_shown_warnings
 
 
 def make_cells(*, emulated="emulated MPS", control=None):
