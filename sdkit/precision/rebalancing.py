@@ -1,0 +1,409 @@
+"""Moves powers of two between the weights of a model, so that its activations fit float16.
+
+float32 outputs stay equal to the last bit; see `sdkit.precision.streams` for what moves and why.
+"""
+
+import json
+import math
+from collections import Counter
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+from diffusers import AutoencoderKL
+from peft.tuners.tuners_utils import BaseTunerLayer
+
+from sdkit.loading.rebalanced import install_checks, remove_checks
+from sdkit.loading.sidecar import Shift, find_shift, measure_largest
+from sdkit.precision.exponents import (
+    FLOAT16_MAX,
+    MARGIN_BITS,
+    choose_exponents,
+    find_needs,
+)
+from sdkit.precision.headroom import OVERFLOW, Headroom, find_overflowing_weights, make_ops
+from sdkit.precision.op_ranges import OpRanges
+from sdkit.precision.streams import Streams, find_streams
+from sdkit.precision.synthetic import LATENT_PIXELS, make_calls
+from sdkit.validation import ValidationError, is_finite
+
+REASONS = (
+    ("time_embedding", "a bare SiLU reads it"),
+    ("add_embedding", "a bare SiLU reads it"),
+    (".to_q", "the softmax fixes Q.K^T"),
+    (".to_k", "the softmax fixes Q.K^T"),
+    (".attn", "the softmax fixes Q.K^T"),
+    (".attentions", "the softmax fixes Q.K^T"),
+    (".ff.net.0", "GELU reads the gate"),
+    ("conv_out", "it is read raw"),
+    ("quant_conv", "it is read raw"),
+)
+
+
+@dataclass(frozen=True)
+class RebalanceReport:
+    """What `rebalance` or `amplify` did to a model, and what it could not do.
+
+    Attributes:
+        model_class: Such as "AutoencoderKL".
+        measured_on: What the ranges are from: "3 prompts", "synthetic latents 16x16, seed 0".
+        margin_bits: Streams were brought to at most 65504 / 2^margin_bits.
+        exponents: {stream: power of two it was multiplied by}; empty if nothing was changed.
+        wanted: {stream: power of two that the margin needed}, where a bound forbade it.
+        bounds: {stream: the weight that stopped it}, for the same streams: 1 % of it would have
+            become float16-subnormal, or it would have overflowed.
+        left: (module, op, largest |x| now, why it cannot be moved) of what still overflows.
+        not_measured: Streams of which the given headroom has no op; they were left alone.
+        error_without_sidecar: Relative RMS error of the float32 output if the eps are not restored,
+            as in a plain diffusers load; 0.0 if nothing was changed.
+        notices: What else was changed or is worth knowing.
+    """
+
+    model_class: str
+    measured_on: str
+    margin_bits: int
+    exponents: dict[str, int]
+    wanted: dict[str, int]
+    bounds: dict[str, str]
+    left: tuple[tuple[str, str, float, str], ...]
+    not_measured: tuple[str, ...]
+    error_without_sidecar: float
+    notices: tuple[str, ...] = ()
+
+    @property
+    def is_unchanged(self) -> bool:
+        """Whether the model is as it was."""
+        return not self.exponents
+
+    def to_json(self) -> str:
+        """Returns the report as JSON."""
+        return json.dumps(asdict(self), indent=2)
+
+    @classmethod
+    def from_json(cls, text) -> "RebalanceReport":
+        """Returns the report that `to_json` wrote."""
+        fields = json.loads(text)
+        tuples = {name: tuple(fields[name]) for name in ("not_measured", "notices")}
+        return cls(**fields | tuples | {"left": tuple(map(tuple, fields["left"]))})
+
+    def __str__(self):
+        """A short text with aligned lines; one for each kind of stream."""
+        rows = [("model", f"{self.model_class}, measured on {self.measured_on}")]
+        rows += self._describe_moved()
+        rows += [
+            ("bound", f"{stream}: 2^{e} needed, stopped by {self.bounds[stream]}")
+            for stream, e in self.wanted.items()
+        ]
+        rows += [
+            ("left", f"{module} ({op}): |x| up to {largest:.4g}; {why}")
+            for module, op, largest, why in self.left
+        ]
+        if self.not_measured:
+            names = ", ".join(self.not_measured[:3])
+            rows += [("not measured", f"{len(self.not_measured)} streams: {names} ...")]
+        if self.exponents:
+            error = f"relative error {self.error_without_sidecar:.2g} in float32"
+            rows += [("without sidecar", f"{error}, as after a plain diffusers load")]
+        rows += [("notice", notice) for notice in self.notices]
+        return "\n".join(f"{name:<17}{text}" for name, text in rows)
+
+    def _describe_moved(self):
+        """A row for each kind of stream, with how many moved by how much."""
+        kinds = {}
+        for stream, exponent in self.exponents.items():
+            kinds.setdefault(stream.partition(" ")[0], Counter())[exponent] += 1
+        moved = [
+            ("moved", f"{kind}: " + ", ".join(f"{n} by 2^{e}" for e, n in sorted(counts.items())))
+            for kind, counts in kinds.items()
+        ]
+        return moved or [("moved", "nothing: it fits float16 with the margin")]
+
+
+def rebalance(model, headroom: Headroom | None = None, *, seed=0) -> RebalanceReport:
+    """Moves powers of two within a float32 model, in place, until its streams fit float16.
+
+    The least exponents are chosen that bring each stream to a quarter of float16's maximum, with at
+    most 1 % of any weight made float16-subnormal. A model that fits is left alone. Cast it after:
+    `model.to(torch.float16)` keeps the eps. Save it with `save_rebalanced`.
+
+    Args:
+        model: An AutoencoderKL or a UNet2DConditionModel of Stable Diffusion 1.x, 2.x or XL.
+        headroom: Of a pipeline with this very model; None measures on synthetic latents.
+        seed: Of the synthetic latents.
+
+    Returns:
+        A RebalanceReport; `left` and `wanted` are what is handed on to `plan_precision`.
+
+    Raises:
+        ValidationError: Another class or configuration; weights not in float32, tied, quantised or
+            not finite; adapters; a headroom of another model. The model is as it was.
+    """
+    streams = find_streams(model)
+    check_weights(model, streams)
+    root = "vae" if isinstance(model, AutoencoderKL) else "unet"
+    calls = make_calls(model, seed=seed)
+    if headroom is None:
+        headroom = measure_calls(model, root, calls, seed)
+    largest = find_largest(headroom, streams, root)
+    choice = choose_exponents(model, streams, find_needs(largest))
+    before = run_calls(calls) if choice.exponents else []
+    apply_exponents(model, streams, choice.exponents)
+    error = measure_error_without_sidecar(model, calls, before)
+    left = tuple(find_left(headroom, model, streams, root, choice))
+    return RebalanceReport(
+        model_class=type(model).__name__,
+        measured_on=headroom.source,
+        margin_bits=MARGIN_BITS,
+        exponents=choice.exponents,
+        wanted=choice.wanted,
+        bounds=choice.bounds,
+        left=left,
+        not_measured=tuple(name for name in streams.names if name not in largest),
+        error_without_sidecar=error,
+        notices=tuple(settle_upcast(model, is_changed=bool(choice.exponents), left=left)),
+    )
+
+
+def amplify(model, exponent: int) -> RebalanceReport:
+    """Multiplies every stream of a float32 model by 2^exponent, in place: large activations.
+
+    The inverse of `rebalance`, to reproduce what it cures: float32 outputs stay equal to the last
+    bit, and every weight stays finite in float16, so that the activations alone are the fault.
+
+    Args:
+        model: As for `rebalance`.
+        exponent: At least 1.
+
+    Returns:
+        A RebalanceReport.
+
+    Raises:
+        ValidationError: As for `rebalance`; or a weight would overflow in float16: which, and the
+            greatest exponent that it allows.
+    """
+    if not isinstance(exponent, int) or exponent < 1:
+        raise ValidationError(f"exponent={exponent!r}: expected a whole number of at least 1.")
+    streams = find_streams(model)
+    check_weights(model, streams)
+    exponents = dict.fromkeys(streams.names, exponent)
+    check_overflow(model, streams, exponents)
+    calls = make_calls(model)
+    before = run_calls(calls)
+    apply_exponents(model, streams, exponents)
+    return RebalanceReport(
+        model_class=type(model).__name__,
+        measured_on="nothing, amplified as asked",
+        margin_bits=MARGIN_BITS,
+        exponents=exponents,
+        wanted={},
+        bounds={},
+        left=(),
+        not_measured=(),
+        error_without_sidecar=measure_error_without_sidecar(model, calls, before),
+    )
+
+
+def save_rebalanced(model, folder) -> Path:
+    """Saves a model with its sidecar, which `load_pipeline` applies.
+
+    Args:
+        model: As `rebalance` left it.
+        folder: Such as `Path(pipeline_folder) / "vae"`.
+
+    Returns:
+        The folder.
+    """
+    model.save_pretrained(folder)
+    return Path(folder)
+
+
+def check_weights(model, streams: Streams):
+    """Refuses a model whose weights cannot be moved exactly, before anything is touched."""
+    name = type(model).__name__
+    where = {}
+    for module in model.modules():
+        if isinstance(module, BaseTunerLayer):
+            raise ValidationError(
+                f"{name}: has adapter layers ({type(module).__name__}). Merge them first: "
+                "`pipe.fuse_lora(); pipe.unload_lora_weights()`."
+            )
+    for path, parameter in model.named_parameters(remove_duplicate=False):
+        dtype = str(parameter.dtype).removeprefix("torch.")
+        if parameter.is_meta or parameter.dtype is not torch.float32:
+            state = "has no data" if parameter.is_meta else f"is {dtype}"
+            raise ValidationError(
+                f"{name}: {path} {state}, expected float32: a cast or quantised weight has "
+                'lost bits that no power of two gives back. Load with dtype="float32", '
+                "rebalance, then cast."
+            )
+        other = where.setdefault(parameter.data_ptr(), path)
+        if other != path and parameter.numel():
+            raise ValidationError(
+                f"{name}: {path} and {other} are one tensor (tied), expected weights that can move "
+                "apart. Copy one of them first."
+            )
+        if not is_finite(parameter):
+            raise ValidationError(
+                f"{name}: {path} holds NaN or Inf, expected finite weights. Load the model again."
+            )
+    for layer in streams.layers:
+        module = model.get_submodule(layer.path)
+        if type(module) not in (torch.nn.Linear, torch.nn.Conv2d):
+            raise ValidationError(
+                f"{name}: {layer.path} is a {type(module).__name__}, expected Linear or Conv2d in "
+                'float32. Load the model unquantised, with dtype="float32".'
+            )
+
+
+def check_overflow(model, streams: Streams, exponents):
+    """Refuses exponents at which a weight or bias would overflow in float16."""
+    for layer in streams.layers:
+        for kind, tensor, exponent in find_moved(model, layer, exponents):
+            largest = float(tensor.detach().abs().max())
+            if largest * 2.0**exponent > FLOAT16_MAX:
+                possible = math.floor(math.log2(FLOAT16_MAX / largest))
+                raise ValidationError(
+                    f"{layer.path}.{kind}: |x| is up to {largest:.4g}, so at 2^{exponent} it would "
+                    f"overflow in float16, which is another fault. Expected an exponent of at most "
+                    f"{possible}."
+                )
+
+
+def find_moved(model, layer, exponents):
+    """(kind, tensor, exponent) of the weight and bias of a layer, of GEGLU the value half."""
+    module = model.get_submodule(layer.path)
+    reads, writes = exponents.get(layer.reads, 0), exponents.get(layer.writes, 0)
+    for kind, exponent in (("weight", writes - reads), ("bias", writes)):
+        tensor = getattr(module, kind)
+        if tensor is not None:
+            yield kind, tensor[: len(tensor) // 2] if layer.is_half else tensor, exponent
+
+
+@torch.no_grad()
+def apply_exponents(model, streams: Streams, exponents):
+    """Moves weights, biases and eps, and keeps account of it on the model."""
+    if not exponents:
+        return
+    for layer in streams.layers:
+        for _, tensor, exponent in find_moved(model, layer, exponents):
+            if exponent:
+                tensor *= 2.0**exponent
+    old = find_shift(model)
+    total = dict(old.exponents) if old else {}
+    original_eps = dict(old.original_eps) if old else {}
+    for norm in streams.norms:
+        module = model.get_submodule(norm.path)
+        original_eps.setdefault(norm.path, module.eps)
+        module.eps *= 4.0 ** exponents.get(norm.reads, 0)
+    for stream, exponent in exponents.items():
+        total[stream] = total.get(stream, 0) + exponent
+    total = {stream: exponent for stream, exponent in total.items() if exponent}
+    remove_checks(model)
+    if not total:
+        return
+    moved = [n for n in streams.norms if total.get(n.reads)]
+    install_checks(
+        model,
+        Shift(
+            exponents=total,
+            skips=[total.get(stream, 0) for stream in streams.skips],
+            middle=total.get(streams.middle, 0),
+            eps={norm.path: model.get_submodule(norm.path).eps for norm in moved},
+            original_eps={norm.path: original_eps[norm.path] for norm in moved},
+            largest={
+                layer.path: measure_largest(model, layer.path)
+                for layer in streams.layers
+                if total.get(layer.reads, 0) != total.get(layer.writes, 0)
+            },
+        ),
+    )
+
+
+def measure_calls(model, root, calls, seed) -> Headroom:
+    """A headroom of synthetic calls; what runs in no module does not count."""
+    ranges = OpRanges({root: model})
+    with ranges.installed():
+        run_calls(calls)
+    return Headroom(
+        ops=make_ops({key: value for key, value in ranges.records.items() if key[1]}),
+        overflowing_weights=find_overflowing_weights({root: model}),
+        prompts=(),
+        seed=seed,
+        source=f"synthetic latents {LATENT_PIXELS}x{LATENT_PIXELS}, seed {seed}",
+    )
+
+
+def run_calls(calls) -> list[torch.Tensor]:
+    """What the synthetic calls return."""
+    with torch.no_grad():
+        return [call() for call in calls]
+
+
+def find_largest(headroom: Headroom, streams: Streams, root) -> dict[str, float]:
+    """{stream: greatest |x|} of the streams that a headroom has ops of."""
+    largest = {}
+    for op in headroom.ops:
+        if op.stage == root:
+            stream = streams.find_stream(op.module.partition(".")[2], op.op, op.index)
+            if stream:
+                largest[stream] = max(largest.get(stream, 0.0), op.largest_of_all)
+    if not largest:
+        raise ValidationError(
+            f"headroom: has no op of this {root}, expected the headroom of a pipeline with this "
+            "very model. Measure it again, or leave it out."
+        )
+    return largest
+
+
+def find_left(headroom: Headroom, model, streams: Streams, root, choice):
+    """Yields (module, op, largest |x| now, why) of what still overflows float16."""
+    halves = {layer.path for layer in streams.layers if layer.is_half}
+    for op in headroom.ops:
+        path = op.module.partition(".")[2]
+        if op.stage != root or path in halves:  # of a half layer the parts of the split count
+            continue
+        stream = streams.find_stream(path, op.op, op.index)
+        largest = op.largest_of_all * 2.0 ** choice.exponents.get(stream, 0)
+        if largest >= OVERFLOW["float16"]:
+            yield op.module, op.op, largest, explain(path, stream, choice)
+    for name in find_overflowing_weights({root: model}):
+        largest = float(model.get_parameter(name.partition(".")[2]).detach().abs().max())
+        yield name.rpartition(".")[0], "weight", largest, "the weight itself overflows"
+
+
+def explain(path, stream, choice) -> str:
+    """Why an output cannot be brought down."""
+    if stream:
+        return f"bound by {choice.bounds.get(stream, 'its weights')}"
+    return next((why for part, why in REASONS if part in f".{path}"), "others read it raw")
+
+
+def measure_error_without_sidecar(model, calls, expected) -> float:
+    """Relative RMS error of the outputs if the norms had the eps that diffusers gives them."""
+    shift = find_shift(model)
+    if shift is None or not expected:
+        return 0.0
+    for path, eps in shift.original_eps.items():
+        model.get_submodule(path).eps = eps
+    try:
+        found = run_calls(calls)
+    finally:
+        for path, eps in shift.eps.items():
+            model.get_submodule(path).eps = eps
+    errors = sum(
+        float((f - e).double().square().sum()) for f, e in zip(found, expected, strict=True)
+    )
+    return math.sqrt(errors / sum(float(e.double().square().sum()) for e in expected))
+
+
+def settle_upcast(model, *, is_changed, left):
+    """Yields what became of a VAE's `force_upcast`, which would lift it to float32 all the same."""
+    if not (isinstance(model, AutoencoderKL) and model.config.get("force_upcast")):
+        return
+    if is_changed and not left:
+        model.register_to_config(force_upcast=False)
+        yield "force_upcast switched off: SDXL's pipelines would have lifted this VAE to float32"
+    elif left:
+        yield "force_upcast stays on: something still overflows in float16"
+    else:
+        yield "force_upcast is on, though this VAE fits float16 on what was measured"
