@@ -22,6 +22,9 @@ EXPORTS = {
     "diagnose": "sdkit.diagnosis",
     "Diagnosis": "sdkit.diagnosis",
     "run_probes": "sdkit.diagnosis",
+    "measure_headroom": "sdkit.precision",
+    "rebalance": "sdkit.precision",
+    "amplify": "sdkit.precision",
 }
 __all__ = [*EXPORTS, "__version__"]
 

@@ -20,6 +20,7 @@ from sdkit.guarding import install_guard
 from sdkit.loading.border_casts import install_border_casts
 from sdkit.loading.checkpoint import count_weights, find_checkpoint
 from sdkit.loading.dtype_policy import (
+    DTYPES,
     PrecisionWarning,
     assign_dtypes,
     check_dtype,
@@ -29,6 +30,8 @@ from sdkit.loading.dtype_policy import (
     find_memory_caution,
 )
 from sdkit.loading.load_warnings import collect_warnings, refuse_invented_weights
+from sdkit.loading.rebalanced import apply_sidecars
+from sdkit.loading.recipe import Recipe, apply_recipe
 from sdkit.loading.report import LoadReport
 from sdkit.loading.weights import check_components, check_weights, count_weight_bytes
 from sdkit.slicing import SLICE_BYTES, use_sliced_attention
@@ -56,6 +59,7 @@ def load_pipeline(
     backend="auto",
     dtype="auto",
     attention="sdpa",
+    recipe=None,
     variant=None,
     config=None,
     local_files_only=False,
@@ -78,6 +82,8 @@ def load_pipeline(
         attention: "sdpa"; "sliced" for less memory where SDPA materialises scores, as on MPS (see
             `sdkit.slicing`); or "diffusers-sliced" for diffusers' attention slicing, which is
             refused on a device whose `baddbmm` reads memory that it must ignore.
+        recipe: A `Recipe` of `plan_precision`, or its file: this dtype for all, float32 for the
+            modules that it names. It takes the place of `dtype`.
         variant: Such as "fp16", for `*.fp16.safetensors` files.
         config: For a single file: a pipeline folder of the same architecture; see
             `find_config_folder`.
@@ -93,6 +99,7 @@ def load_pipeline(
     started = time.perf_counter()
     _check_attention(attention)
     check_dtype(dtype)
+    recipe = _read_recipe(recipe, dtype)
     device, device_reason = choose_device(backend)
     if attention == "diffusers-sliced":
         check_baddbmm(device, f'attention="{attention}"')
@@ -102,7 +109,9 @@ def load_pipeline(
         )
         environment = describe_environment(str(device))
         available_gib = measure_available_gib(device)
-        dtypes, dtype_reason = _decide_dtypes(dtype, checkpoint, device, environment, available_gib)
+        dtypes, dtype_reason = _decide_dtypes(
+            "float32" if recipe else dtype, checkpoint, device, environment, available_gib
+        )
         pipe = _load(checkpoint, dtypes, variant)
         refuse_invented_weights(collected, checkpoint.asked)
         if device.type != "cpu":
@@ -110,6 +119,11 @@ def load_pipeline(
         pipe.register_to_config(_name_or_path=checkpoint.resolved)  # for records; no folder in it
         notices = [*checkpoint.notices, *check_components(pipe, dtypes, device)]
         check_weights(pipe, dtypes, lambda: _load_float32(checkpoint, variant))
+        notices += apply_sidecars(pipe, checkpoint.config_folder)
+    if recipe:
+        apply_recipe(pipe, recipe)
+        dtypes = dict.fromkeys(dtypes, DTYPES[recipe.dtype])
+        dtype_reason = f"recipe: {recipe.dtype}; float32: {', '.join(recipe.float32) or 'nothing'}"
     attention_reason = _enable_attention(pipe, attention)
     is_mps = device.type == "mps" or (find_emulation() or "").startswith("emulated MPS")
     device_type = "mps" if is_mps else device.type
@@ -121,7 +135,8 @@ def load_pipeline(
     ]
     for caution in cautions:
         warnings.warn(caution, PrecisionWarning, stacklevel=2)
-    border_casts = install_border_casts(pipe) if len(set(dtypes.values())) > 1 else ()
+    is_mixed = len(set(dtypes.values())) > 1 or recipe
+    border_casts = install_border_casts(pipe) if is_mixed else ()
     is_guarded = is_mps and torch.float16 in dtypes.values()
     if is_guarded:
         install_guard(pipe)
@@ -146,6 +161,15 @@ def load_pipeline(
         guard=GUARD_ON if is_guarded else GUARD_OFF,
     )
     return pipe, report
+
+
+def _read_recipe(recipe, dtype):
+    """The recipe itself, or the one in a file; dtype= beside it would be ignored."""
+    if recipe is None:
+        return None
+    if not (isinstance(dtype, str) and dtype == "auto"):
+        raise ValidationError(f"dtype={dtype!r}: the recipe decides. Leave dtype out, or recipe.")
+    return recipe if isinstance(recipe, Recipe) else Recipe.load(recipe)
 
 
 def _check_attention(attention):
