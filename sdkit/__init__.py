@@ -25,6 +25,7 @@ EXPORTS = {
     "measure_headroom": "sdkit.precision",
     "rebalance": "sdkit.precision",
     "amplify": "sdkit.precision",
+    "predict_memory": "sdkit.precision",
 }
 __all__ = [*EXPORTS, "__version__"]
 

@@ -16,7 +16,7 @@ ROOT = Path(__file__).parent.parent
 PROMISED = {
     "load_pipeline", "LoadReport", "generate", "RunRecord", "guard", "check_finite", "check_image",
     "check_image_file", "validate_image_array", "ValidationError", "describe_environment",
-    "run_probes", "measure_headroom", "rebalance", "amplify",
+    "run_probes", "measure_headroom", "rebalance", "amplify", "predict_memory",
 }  # fmt: skip
 TOP_LEVEL = {
     "notebooks", "sdkit", "tests", "figures", "environment.yml", "README.md", "pyproject.toml",

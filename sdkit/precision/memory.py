@@ -1,0 +1,299 @@
+"""What a generation or a LoRA training will take, before any weight is loaded, and whether it fits.
+
+Nothing is fitted: every stage is run once on tensors without values, and what is alive is counted
+op by op (`sdkit.memory`). Left out are what PyTorch itself takes (0.3 to 0.5 GiB), what an op takes
+and gives back before it returns, and what an allocator keeps.
+"""
+
+from dataclasses import dataclass
+from types import SimpleNamespace
+
+import torch
+from diffusers import AutoencoderKL, UNet2DConditionModel
+from diffusers.models.attention_processor import AttnProcessor, SlicedAttnProcessor
+
+from sdkit.device import GIB
+from sdkit.loading.checkpoint import find_checkpoint
+from sdkit.loading.dtype_policy import DTYPES, assign_dtypes, check_dtype, dtype_name
+from sdkit.loading.recipe import set_precision
+from sdkit.loading.weights import count_weight_bytes
+from sdkit.memory import (
+    ARCHITECTURES,
+    build_architecture,
+    read_architecture,
+    trace_inference,
+    trace_training,
+)
+from sdkit.memory.architectures import copy_onto_meta, is_traceable
+from sdkit.precision.machines import Verdict, judge
+from sdkit.slicing import use_sliced_attention
+from sdkit.validation import ValidationError
+
+ATTENTIONS = ("sdpa", "sliced", "diffusers-sliced", "plain")
+DEVICE_TYPES = ("mps", "cuda", "cpu")
+# Values that an optimiser keeps for each weight that it trains.
+STATES = {"adamw": 2, "adam": 2, "lion": 1, "sgd": 0}
+
+
+@dataclass(frozen=True)
+class MemoryPrediction:
+    """What a run takes, in bytes.
+
+    Attributes:
+        task: "inference", or "LoRA training, rank 8" and such.
+        model: What was predicted.
+        dtypes: {component: dtype name}.
+        image_size: (height, width) in pixels.
+        batch_size: Images at a time.
+        attention: "sdpa", "sliced", "diffusers-sliced" or "plain".
+        device_type: As which device attention was counted.
+        weight_bytes: {component: bytes of weights, adapters among them}.
+        stage_bytes: {stage: peak of what is alive besides the weights, gradients included}.
+        gradient_bytes: Of the weights that are trained.
+        optimizer_bytes: State of the optimiser.
+        notices: What is not as it might be expected.
+    """
+
+    task: str
+    model: str
+    dtypes: dict
+    image_size: tuple
+    batch_size: int
+    attention: str
+    device_type: str
+    weight_bytes: dict
+    stage_bytes: dict
+    gradient_bytes: int
+    optimizer_bytes: int
+    notices: tuple = ()
+
+    @property
+    def peak_stage(self):
+        """The stage that needs most."""
+        return max(self.stage_bytes, key=self.stage_bytes.get)
+
+    @property
+    def activation_bytes(self):
+        """What is alive in that stage besides weights and gradients."""
+        return max(0, self.stage_bytes[self.peak_stage] - self.gradient_bytes)
+
+    @property
+    def total_weight_bytes(self):
+        """Of all components."""
+        return sum(self.weight_bytes.values())
+
+    @property
+    def total_bytes(self):
+        """Weights, activations, gradients and optimiser at the peak."""
+        return (
+            self.total_weight_bytes
+            + self.activation_bytes
+            + self.gradient_bytes
+            + self.optimizer_bytes
+        )
+
+    @property
+    def total_gib(self):
+        """The same in GiB."""
+        return self.total_bytes / GIB
+
+    def verdict(self, machine="here") -> Verdict:
+        """Whether it fits.
+
+        Args:
+            machine: A name in `sdkit.precision.machines.MACHINES`, such as "M2 Max, 32 GB", a
+                `Machine`, or "here".
+        """
+        return judge(self.total_gib, machine)
+
+    def __str__(self):
+        """A short table in GiB."""
+        dtypes = ", ".join(f"{name} {dtype}" for name, dtype in self.dtypes.items())
+        rows = [
+            ("weights", self.total_weight_bytes, dtypes),
+            ("activations", self.activation_bytes, f"peak, in {self.peak_stage}"),
+            ("gradients", self.gradient_bytes, ""),
+            ("optimiser", self.optimizer_bytes, ""),
+            ("total", self.total_bytes, "without PyTorch itself"),
+        ]
+        height, width = self.image_size
+        title = (
+            f"{self.model}: {self.task}, {width}x{height}, batch {self.batch_size}, "
+            f"{self.attention} attention as on {self.device_type}"
+        )
+        lines = [f"{name:<12}{size / GIB:7.2f} GiB  {text}" for name, size, text in rows if size]
+        return "\n".join([title, *(line.rstrip() for line in lines), *self.notices])
+
+
+def predict_memory(
+    model="mini",
+    *,
+    dtype=None,
+    recipe=None,
+    image_size=None,
+    batch_size=1,
+    training=None,
+    attention="sdpa",
+    device_type="mps",
+    vae_slicing=False,
+    vae_tiling=False,
+):
+    """Predicts the peak memory of text-to-image generation, or of LoRA training of the UNet.
+
+    Nothing is loaded and nothing computed: it takes under a second for Stable Diffusion 1.5.
+
+    Args:
+        model: "sd15", "sdxl" (known configurations), "mini", a folder, a .safetensors file, a Hub
+            id in the local cache, a pipeline, or a UNet2DConditionModel or AutoencoderKL.
+        dtype: As in `load_pipeline`; None is what a pipeline has, else float32.
+        recipe: A `Recipe` instead of a dtype.
+        image_size: In pixels, a number or (height, width); None is the model's own.
+        batch_size: Images at a time; guidance doubles the UNet's batch in a generation.
+        training: None for a generation, or a `LoraTraining`, or anything with its attributes.
+        attention: "sdpa", "sliced", "diffusers-sliced" or "plain".
+        device_type: "mps", where SDPA makes the scores of all heads, or "cuda" or "cpu", where it
+            does not. The verdicts are about Macs, so MPS it is if nothing is said.
+        vae_slicing: Whether images are decoded one by one.
+        vae_tiling: Whether an image is decoded in tiles.
+
+    Returns:
+        A MemoryPrediction.
+
+    Raises:
+        ValidationError: A model that is no Stable Diffusion 1.x, 2.x or XL, or an argument that
+            makes no sense.
+    """
+    _check_choice("attention", attention, ATTENTIONS)
+    _check_choice("device_type", device_type, DEVICE_TYPES)
+    if batch_size < 1 or batch_size != int(batch_size):
+        raise ValidationError(f"batch_size={batch_size!r}: expected a whole number from 1 on.")
+    name, components = open_shapes(model)
+    notices = _set_dtypes(components, dtype, recipe)
+    _set_attention(components, attention)
+    vae, unet = components.get("vae"), components.get("unet")
+    if vae_slicing or vae_tiling:
+        vae.use_slicing, vae.use_tiling = vae_slicing, vae_tiling
+    scale = 2 ** (len(vae.config.block_out_channels) - 1) if vae else 8
+    image_size = _read_size(image_size, unet, vae, scale)
+    options = {
+        "latent_size": tuple(side // scale for side in image_size),
+        "batch_size": batch_size,
+        "device_type": device_type,
+    }
+    frozen_bytes = sum(map(count_weight_bytes, components.values()))
+    if training is None:
+        task, trained_bytes, states = "inference", 0, 0
+        stage_bytes = trace_inference(components, **options)
+    else:
+        if unet is None:
+            raise ValidationError(f"{name}: has no UNet to train.")
+        optimizer = getattr(training, "optimizer", "adamw").lower()
+        _check_choice("training.optimizer", optimizer, tuple(STATES))
+        stage_bytes, states = trace_training(components, training, **options), STATES[optimizer]
+        trained_bytes = sum(map(count_weight_bytes, components.values())) - frozen_bytes
+        checkpointing = ", gradient checkpointing" if training.gradient_checkpointing else ""
+        task = f"LoRA training, rank {training.rank}{checkpointing}"
+    return MemoryPrediction(
+        task=task,
+        model=name,
+        dtypes={part: dtype_name(_main_dtype(module)) for part, module in components.items()},
+        image_size=image_size,
+        batch_size=batch_size,
+        attention=attention,
+        device_type=device_type,
+        weight_bytes={part: count_weight_bytes(module) for part, module in components.items()},
+        stage_bytes=stage_bytes,
+        gradient_bytes=trained_bytes,
+        optimizer_bytes=states * trained_bytes,
+        notices=tuple(notices),
+    )
+
+
+def open_shapes(model):
+    """Returns a name and {component: module on the meta device} for whatever names a model."""
+    if isinstance(model, str) and model in ARCHITECTURES:
+        return model, build_architecture(model)
+    if isinstance(model, torch.nn.Module):
+        part = {UNet2DConditionModel: "unet", AutoencoderKL: "vae"}.get(type(model))
+        name, components = type(model).__name__, {part: model} if part else {}
+    elif hasattr(model, "components"):
+        name = str(model.config.get("_name_or_path") or type(model).__name__)
+        components = {
+            part: module
+            for part, module in model.components.items()
+            if isinstance(module, torch.nn.Module)
+        }
+    else:
+        checkpoint = find_checkpoint(model, local_files_only=True)
+        components = read_architecture(checkpoint.config_folder, checkpoint.components)
+        _check_is_traceable(checkpoint.asked, components)
+        return checkpoint.resolved, components
+    _check_is_traceable(name, components)
+    return name, {part: copy_onto_meta(module) for part, module in components.items()}
+
+
+def _check_is_traceable(name, components):
+    if not is_traceable(components):
+        found = ", ".join(type(module).__name__ for module in components.values()) or "no model"
+        raise ValidationError(
+            f"{name}: {found}. Expected Stable Diffusion 1.x, 2.x or XL (UNet2DConditionModel and "
+            f"AutoencoderKL), or one of {', '.join(ARCHITECTURES)}; others are not predicted."
+        )
+
+
+def _check_choice(argument, value, choices):
+    if value not in choices:
+        raise ValidationError(f"{argument}={value!r}: expected one of {', '.join(choices)}.")
+
+
+def _read_size(image_size, unet, vae, scale):
+    """(height, width) in pixels."""
+    if image_size is None:
+        own = unet.config.sample_size * scale if unet else vae.config.sample_size
+        return own, own
+    sides = (image_size, image_size) if isinstance(image_size, int) else tuple(image_size)
+    if len(sides) != 2 or any(side < scale or side % scale for side in sides):
+        raise ValidationError(
+            f"image_size={image_size!r}: expected a multiple of {scale} pixels, or two (height, "
+            "width)."
+        )
+    return sides
+
+
+def _set_dtypes(components, dtype, recipe):
+    """Casts modules without values, and says what the pipelines will cast themselves."""
+    if recipe is not None:
+        set_precision(SimpleNamespace(components=components), recipe.float32, DTYPES[recipe.dtype])
+        return []
+    if dtype is not None:
+        policy = ({"default": "float32"}, "")
+        dtypes, _ = assign_dtypes(check_dtype(dtype), tuple(components), policy)
+        for name, module in components.items():
+            torch.nn.Module.to(module, dtypes[name])  # diffusers' own warns of casts
+    vae = components.get("vae")
+    if "text_encoder_2" in components and vae.dtype is torch.float16 and vae.config.force_upcast:
+        torch.nn.Module.float(vae)
+        return ["vae: counted in float32, as SDXL's pipelines lift it for the call (force_upcast)"]
+    return []
+
+
+def _set_attention(components, attention):
+    if attention == "sdpa":
+        return
+    if attention == "sliced":
+        use_sliced_attention(SimpleNamespace(components=components))
+    elif attention == "plain":
+        for name in {"unet", "vae"} & set(components):
+            components[name].set_attn_processor(AttnProcessor())
+    elif "unet" in components:
+        # As load_pipeline does: half the heads of each layer, or one where one is all.
+        for module in components["unet"].modules():
+            if hasattr(module, "set_processor"):
+                module.set_processor(SlicedAttnProcessor(max(1, module.sliceable_head_dim // 2)))
+
+
+def _main_dtype(module):
+    sizes = {}
+    for parameter in module.parameters():
+        sizes[parameter.dtype] = sizes.get(parameter.dtype, 0) + parameter.numel()
+    return max(sizes, key=sizes.get)
