@@ -20,14 +20,18 @@ from diffusers import (
 from safetensors.torch import load_file, save_file
 from tiny_pipelines import build_tiny_xl_pipe
 
+from sdkit.device import GIB
 from sdkit.emulate import mps
 from sdkit.finding import NonFiniteError
 from sdkit.generation import generate
 from sdkit.guarding import guard, remove_guard
 from sdkit.loading import LoadReport, PrecisionWarning, load_pipeline
 from sdkit.loading.border_casts import install_border_casts, remove_border_casts
+from sdkit.loading.checkpoint import find_checkpoint
 from sdkit.loading.dtype_policy import choose_dtypes, find_cautions, find_memory_caution
+from sdkit.loading.memory_need import find_activations_gib
 from sdkit.loading.weights import check_components
+from sdkit.precision import predict_memory
 from sdkit.validation import ValidationError
 
 UNET = "unet/diffusion_pytorch_model.safetensors"
@@ -426,6 +430,34 @@ def test_where_nothing_fits_the_smallest_is_taken_under_a_warning_of_its_own():
     assert "does not suffice: about 3.5 GiB needed in these dtypes, 1.0 GiB available" in caution
     assert find_memory_caution("mps", weights_gib=2.2, available_gib=3.6) == []
     assert find_memory_caution("cpu", weights_gib=2.2, available_gib=1.0) == []
+
+
+def test_the_policy_counts_activations_where_they_are_known():
+    dtypes, reason = policy("mps", available_gib=5.6, activations_gib=1.0)
+    assert dtypes == {"default": "float32"} and "5.5 GiB needed as float32" in reason
+    assert policy("mps", available_gib=5.6, activations_gib=1.2)[0]["default"] == "bfloat16"
+    known = {"weights_gib": 2.2, "available_gib": 3.0, "activations_gib": 0.5}
+    assert find_memory_caution("mps", **known) == []
+    (caution,) = find_memory_caution("mps", **known | {"activations_gib": 0.6})
+    assert "about 3.1 GiB needed" in caution
+
+
+def test_activations_are_traced_only_where_they_decide(tiny_folder):
+    """The same stages as predict_memory's, scaled to the dtypes that were got."""
+    checkpoint = find_checkpoint(tiny_folder)
+    predicted = predict_memory(tiny_folder)
+    weights_gib = predicted.total_weight_bytes / GIB
+    known = {"itemsizes": dict.fromkeys(checkpoint.components, 4), "sliced": False}
+
+    def find(device_type, free, **options):
+        memory = {"weights_gib": weights_gib, "available_gib": free * weights_gib}
+        return find_activations_gib(checkpoint, device_type, **memory, **known | options)
+
+    assert find("mps", 1.5) == pytest.approx(predicted.activation_bytes / GIB)
+    halves = dict.fromkeys(checkpoint.components, 2)
+    assert find("mps", 1.5, itemsizes=halves) == pytest.approx(find("mps", 1.5) / 2)
+    assert find("mps", 1.5, sliced=True) <= find("mps", 1.5)
+    assert find("mps", 0.9) is find("mps", 2.1) is find("cpu", 1.5) is find("cuda", 1.5) is None
 
 
 def test_the_report_warns_where_memory_does_not_suffice(tiny_folder, monkeypatch):

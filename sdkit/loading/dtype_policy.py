@@ -8,15 +8,19 @@ import torch
 from sdkit.validation import ValidationError
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
-# The report measured 6-8 GB in use for 4-5 GB of float32 weights (512x512 pixels, one image).
+# Where activations are not known: the report measured 6-8 GB in use for 4-5 GB of float32 weights
+# (512x512 pixels, one image).
 MEMORY_PER_WEIGHT = 1.6
+MARGIN = 1.1  # a prediction is held to 10 % (tests/test_memory.py)
 
 
 class PrecisionWarning(UserWarning):
     """A dtype is used that is known to give NaN or black images on this device."""
 
 
-def choose_dtypes(device_type, *, float32_gib, available_gib, macos="", device_name=""):
+def choose_dtypes(
+    device_type, *, float32_gib, available_gib, activations_gib=None, macos="", device_name=""
+):
     """Chooses dtypes for a device, from plain values.
 
     CPU: float32, for float16 is far slower there. CUDA: float16, except on the GTX 16 series,
@@ -30,6 +34,7 @@ def choose_dtypes(device_type, *, float32_gib, available_gib, macos="", device_n
         device_type: "mps", "cuda" or "cpu".
         float32_gib: What the weights take as float32.
         available_gib: Memory that is free for them.
+        activations_gib: What a generation takes besides, in float32; None if that is not known.
         macos: The macOS version, such as "14.5", or "".
         device_name: The card's name on CUDA.
 
@@ -45,7 +50,7 @@ def choose_dtypes(device_type, *, float32_gib, available_gib, macos="", device_n
         if "GTX 16" in device_name:
             return {"default": "float32"}, f"{device_name}: gives NaN in float16 (pytorch#58123)"
         return {"default": "float16"}, "CUDA: float16 is stable, half the memory and faster"
-    needed_gib = float32_gib * MEMORY_PER_WEIGHT
+    needed_gib = _add_activations(float32_gib, activations_gib)
     memory = f"about {needed_gib:.1f} GiB needed as float32, {available_gib:.1f} GiB available"
     if needed_gib <= available_gib:
         return {"default": "float32"}, f"MPS: float32 is stable and fits ({memory})"
@@ -128,18 +133,19 @@ def find_cautions(device_type, dtypes):
     ]
 
 
-def find_memory_caution(device_type, *, weights_gib, available_gib):
+def find_memory_caution(device_type, *, weights_gib, available_gib, activations_gib=None):
     """Returns what to say where a model is too large for the machine, from plain values.
 
     Args:
         device_type: "mps", "cuda" or "cpu". What a weight needs was measured on MPS alone.
         weights_gib: What the weights take in the dtypes that they got.
         available_gib: Memory that was free for them before.
+        activations_gib: What a generation takes besides; None if that is not known.
 
     Returns:
         One line, or none: as `find_cautions` does.
     """
-    needed_gib = weights_gib * MEMORY_PER_WEIGHT
+    needed_gib = _add_activations(weights_gib, activations_gib)
     if device_type != "mps" or needed_gib <= available_gib:
         return []
     return [
@@ -147,6 +153,12 @@ def find_memory_caution(device_type, *, weights_gib, available_gib):
         f"{available_gib:.1f} GiB available; expect swapping or a stop. Close other programs, or "
         "choose a smaller model"
     ]
+
+
+def _add_activations(weights_gib, activations_gib):
+    if activations_gib is None:
+        return weights_gib * MEMORY_PER_WEIGHT
+    return (weights_gib + activations_gib) * MARGIN
 
 
 def dtype_name(dtype):

@@ -30,6 +30,7 @@ from sdkit.loading.dtype_policy import (
     find_memory_caution,
 )
 from sdkit.loading.load_warnings import collect_warnings, refuse_invented_weights
+from sdkit.loading.memory_need import find_activations_gib
 from sdkit.loading.rebalanced import apply_sidecars
 from sdkit.loading.recipe import Recipe, apply_recipe
 from sdkit.loading.report import LoadReport
@@ -110,7 +111,12 @@ def load_pipeline(
         environment = describe_environment(str(device))
         available_gib = measure_available_gib(device)
         dtypes, dtype_reason = _decide_dtypes(
-            "float32" if recipe else dtype, checkpoint, device, environment, available_gib
+            "float32" if recipe else dtype,
+            checkpoint,
+            device,
+            environment,
+            available_gib,
+            attention,
         )
         pipe = _load(checkpoint, dtypes, variant)
         refuse_invented_weights(collected, checkpoint.asked)
@@ -128,10 +134,17 @@ def load_pipeline(
     is_mps = device.type == "mps" or (find_emulation() or "").startswith("emulated MPS")
     device_type = "mps" if is_mps else device.type
     weight_bytes = {name: count_weight_bytes(getattr(pipe, name)) for name in dtypes}
-    weights_gib = sum(weight_bytes.values()) / GIB
+    memory = {"weights_gib": sum(weight_bytes.values()) / GIB, "available_gib": available_gib}
+    activations_gib = find_activations_gib(
+        checkpoint,
+        device_type,
+        itemsizes={name: dtype.itemsize for name, dtype in dtypes.items()},
+        sliced=attention == "sliced",
+        **memory,
+    )
     cautions = [
         *find_cautions(device_type, dtypes.values()),
-        *find_memory_caution(device_type, weights_gib=weights_gib, available_gib=available_gib),
+        *find_memory_caution(device_type, activations_gib=activations_gib, **memory),
     ]
     for caution in cautions:
         warnings.warn(caution, PrecisionWarning, stacklevel=2)
@@ -181,11 +194,20 @@ def _check_attention(attention):
         )
 
 
-def _decide_dtypes(dtype, checkpoint, device, environment, available_gib):
+def _decide_dtypes(dtype, checkpoint, device, environment, available_gib, attention):
+    float32_gib = count_weights(checkpoint) * 4 / GIB
     policy = choose_dtypes(
         device.type,
-        float32_gib=count_weights(checkpoint) * 4 / GIB,
+        float32_gib=float32_gib,
         available_gib=available_gib,
+        activations_gib=find_activations_gib(
+            checkpoint,
+            device.type,
+            weights_gib=float32_gib,
+            available_gib=available_gib,
+            itemsizes=dict.fromkeys(checkpoint.components, 4),
+            sliced=attention == "sliced",
+        ),
         macos=environment["macos"] or "",
         device_name=environment["device_name"] or "",
     )
