@@ -9,6 +9,7 @@ from sdkit.diagnosis.claims import (
     REFUTED,
     VERDICTS,
     judge_claims,
+    style_claims,
     tabulate_claims,
 )
 from sdkit.diagnosis.claims.claim import COMPUTED
@@ -90,5 +91,7 @@ def test_the_ablation_decides_what_it_can(claims):
 
 def test_the_table_has_one_row_a_claim(claims):
     table = tabulate_claims(claims)
-    assert list(table) == ["text", "where", "verdict", "shown_by", "evidence"]
+    assert list(table) == ["text", "where", "verdict", "evidence", "shown_by"]
     assert len(table) == len(claims)
+    page = style_claims(table).to_html()
+    assert ">diffusers#14438</a>" in page and page.count("<tr>") == len(claims) + 1

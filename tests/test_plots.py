@@ -53,7 +53,7 @@ def test_the_timeline_marks_what_does_not_fit(tmp_path):
         figure, ax = plt.subplots()
         assert plot_timeline(ax, {"healthy": healthy, "loud": loud}) is ax
     assert ax.get_yscale() == "log"
-    assert {"step 0", "step 1", "unet.conv_in", "float16 ends here: 65,504"} <= set(texts(figure))
+    assert {"step 0", "step 1", "unet.conv_in", "float16\nends here:\n65,504"} <= set(texts(figure))
 
 
 def test_the_anatomy_shows_buffer_op_and_output(tiny_pipe, tmp_path):

@@ -110,12 +110,12 @@ def plot_timeline(ax, runs):
         ax.plot(over, values[over], ".", color=BAD, markersize=6)
         for first in over[:1]:
             ax.text(
-                first, values[first] * 1.6, activations[first].module, color=BAD, fontsize=8,
+                first, values[first] * 2.2, activations[first].module, color=BAD, fontsize=8,
                 ha="right" if first > len(values) / 2 else "left",
             )  # fmt: skip
     ax.axhline(FLOAT16_MAXIMUM, color=BAD, linewidth=1.2, linestyle="--")
     ax.text(
-        0.005, FLOAT16_MAXIMUM * 1.3, "float16 ends here: 65,504", color=BAD, fontsize=9,
+        1.008, FLOAT16_MAXIMUM, "float16\nends here:\n65,504", color=BAD, fontsize=9, va="center",
         transform=ax.get_yaxis_transform(),
     )  # fmt: skip
     where = [(activation.stage, activation.step) for activation in next(iter(runs.values()))]

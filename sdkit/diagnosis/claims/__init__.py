@@ -5,7 +5,7 @@ only a Mac could tell is said to be not testable here.
 """
 
 from sdkit.diagnosis.claims.claim import CONFIRMED, REFUTED, UNTESTED, VERDICTS, Claim
-from sdkit.diagnosis.claims.ledger import judge_claims, tabulate_claims
+from sdkit.diagnosis.claims.ledger import judge_claims, style_claims, tabulate_claims
 
 __all__ = [
     "CONFIRMED",
@@ -14,5 +14,6 @@ __all__ = [
     "VERDICTS",
     "Claim",
     "judge_claims",
+    "style_claims",
     "tabulate_claims",
 ]
