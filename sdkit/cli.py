@@ -192,6 +192,51 @@ def diagnose(
     raise typer.Exit(0 if found.is_healthy else BAD)
 
 
+@app.command()
+def fix(
+    model: Annotated[str, typer.Argument(help="mini, a folder, a file or a Hub id.")] = "mini",
+    prompts: Annotated[
+        list[str] | None, typer.Argument(metavar="[PROMPT]...", help="What to draw.")
+    ] = None,
+    output: Annotated[
+        Path, typer.Option(help="Folder for the recipe or model, fix.json and the picture.")
+    ] = Path("runs/fix"),
+    backend: Annotated[str, typer.Option(help="auto, mps, cuda, cuda:1 or cpu.")] = "auto",
+    attention: Annotated[str, typer.Option(help="sdpa, sliced or diffusers-sliced.")] = "sdpa",
+    steps: Annotated[int, typer.Option(help="Denoising steps.", min=1)] = 10,
+    guidance: Annotated[float, typer.Option(help="Guidance scale.")] = 7.5,
+    seed: Annotated[int, typer.Option(help="Image i is drawn from seed + i.")] = 0,
+    emulate: Annotated[
+        list[str] | None,
+        typer.Option(metavar="FAULT", help="On an emulated Mac with this fault; repeatable."),
+    ] = None,
+    memory: Annotated[
+        str | None,
+        typer.Option(help="Fresh memory of the emulated Mac: zeros, nan, stale_float32, ..."),
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON, not text.")] = False,
+):
+    """Find the smallest change with which a model draws right in float16, prove it, and keep it.
+
+    Exits with 1 if nothing cures.
+    """
+    from sdkit.diagnosis.model import PROMPT, choose_emulation
+    from sdkit.precision.fixing import fix_model
+    from sdkit.validation import ValidationError
+
+    try:
+        emulation = choose_emulation(memory, emulate)
+        found = fix_model(
+            model, prompts or [PROMPT], output, backend="cpu" if emulation else backend,
+            attention=attention, emulation=emulation, seed=seed,
+            num_inference_steps=steps, guidance_scale=guidance,
+        )  # fmt: skip
+    except (ValidationError, OSError) as error:
+        _fail(error)
+    typer.echo(found.to_json() if as_json else str(found))
+    raise typer.Exit(0 if found.chosen else BAD)
+
+
 def _colour(text):
     """Titles bold, verdicts green and red; `typer.echo` drops that where no terminal is."""
     text = re.sub(r"(?m)^\S.*", lambda title: typer.style(title[0], bold=True), text)

@@ -1,12 +1,13 @@
 """From a model's name to a diagnosis, as `sdkit diagnose` does it: load, emulate if asked, look."""
 
-import warnings
-from contextlib import ExitStack
+from contextlib import nullcontext
+from functools import partial
 
 from sdkit.attention import allow_unsafe_attention
 from sdkit.diagnosis.diagnosis import Diagnosis
 from sdkit.diagnosis.examination import diagnose
-from sdkit.emulate import FAULTS, EmulationWarning, mps
+from sdkit.emulate import FAULTS
+from sdkit.emulate.again import emulate_again
 from sdkit.emulate.memory import MEMORIES
 from sdkit.loading import load_pipeline
 from sdkit.validation import ValidationError
@@ -43,20 +44,32 @@ def diagnose_model(
     Raises:
         ValidationError: What was asked for cannot be had.
     """
-    is_emulated = memory is not None or bool(faults)
+    emulation = choose_emulation(memory, faults)
+    with allow_unsafe_attention():  # to show what it does is what this is for
+        pipe, _ = load_pipeline(
+            model, backend="cpu" if emulation else backend, dtype=dtype, attention=attention
+        )
+        with emulation() if emulation else nullcontext():
+            return diagnose(pipe, list(prompts or [PROMPT]), **arguments)
+
+
+def choose_emulation(memory, faults):
+    """The emulation that a command line asks for, as a function without arguments, or None.
+
+    Args:
+        memory: What fresh memory holds, or None.
+        faults: Names of faults, or None; by default, on a `memory`, `baddbmm-beta-zero`.
+
+    Raises:
+        ValidationError: An unknown name, with those that there are.
+    """
+    if memory is None and not faults:
+        return None
     faults = tuple(faults or ("baddbmm-beta-zero",))
     check_names("memory", [memory or "zeros"], MEMORIES)
     check_names("fault", faults, FAULTS)
-    with ExitStack() as stack:
-        stack.enter_context(allow_unsafe_attention())  # to show what it does is what this is for
-        pipe, _ = load_pipeline(
-            model, backend="cpu" if is_emulated else backend, dtype=dtype, attention=attention
-        )
-        if is_emulated:
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore", EmulationWarning)  # the diagnosis says it
-                stack.enter_context(mps(memory or "zeros", faults))
-        return diagnose(pipe, list(prompts or [PROMPT]), **arguments)
+    settings = {"memory": memory or "zeros", "faults": faults, "seed": 0}
+    return partial(emulate_again, settings)  # in silence: what is printed says that it is emulated
 
 
 def check_names(what, names, known):

@@ -87,6 +87,7 @@ def _cast_inputs_and_output(module):
     return [
         module.register_forward_pre_hook(before, with_kwargs=True).remove,
         module.register_forward_hook(after, with_kwargs=True).remove,
+        lambda: vars(module).pop("_sdkit_latents_dtype", None),
     ]
 
 

@@ -1,0 +1,141 @@
+"""`sdkit fix`: climbs the ladder until a rung is proven, and writes what it takes to stay there."""
+
+import json
+from contextlib import nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from sdkit.attention import allow_unsafe_attention
+from sdkit.figures import plot_images, save_figure
+from sdkit.generation.record import plain
+from sdkit.loading import load_pipeline
+from sdkit.loading.recipe import mixed_precision
+from sdkit.precision.ladder import Rung, climb, rebalanced
+from sdkit.run_folder import replace_file
+from sdkit.validation import judge_image
+
+HOW = {  # what to type to stay on a rung
+    "float16 as it is": 'load_pipeline(model, dtype="float16")',
+    "newer torch (emulated)": "pip install -U 'torch>=2.14'",
+    "float16, SDPA": 'load_pipeline(model, dtype="float16", attention="sdpa")',
+    "float16, safe slicing": 'load_pipeline(model, dtype="float16", attention="sliced")',
+    "bfloat16": 'load_pipeline(model, dtype="bfloat16")',
+    "float16, VAE float32": 'load_pipeline(model, dtype={"default": "float16", "vae": "float32"})',
+    "rebalanced float16": 'load_pipeline("{folder}/model", dtype="float16")',
+    "planned float16": 'load_pipeline(model, recipe="{folder}/recipe.json")',
+    "float16, rescued": 'generate(pipe, prompts, on_nonfinite="rescue")',
+    "float32": 'load_pipeline(model, dtype="float32")',
+}
+
+
+@dataclass(frozen=True)
+class Fix:
+    """What was tried and what to do.
+
+    Attributes:
+        rungs: Those that were run, in order.
+        chosen: The first that is proven, or None.
+        how: The line to type; "" if nothing cures.
+        folder: Where the recipe or the model and the picture are.
+    """
+
+    rungs: tuple[Rung, ...]
+    chosen: Rung | None
+    how: str
+    folder: Path
+
+    def __str__(self):
+        """One line a rung, then what to do."""
+        width = max(len(rung.name) for rung in self.rungs)
+        lines = [f"{rung.name:{width}}  {tell(rung)}" for rung in self.rungs]
+        if self.chosen is None:
+            return "\n".join([*lines, "", "nothing cures it: run sdkit diagnose"])
+        return "\n".join([*lines, "", f"do this: {self.how}", f"written to {self.folder}"])
+
+    def to_json(self) -> str:
+        """The table and the choice as JSON."""
+        content = {
+            "rungs": [rung.to_row() for rung in self.rungs],
+            "chosen": self.chosen and self.chosen.name,
+            "how": self.how,
+        }
+        return json.dumps(plain(content), indent=2) + "\n"
+
+
+def tell(rung: Rung) -> str:
+    """What came of a rung, in a few words."""
+    valid = f"{rung.valid} of {rung.count} valid"
+    quality = f", {rung.psnr_db:.1f} dB" if rung.psnr_db is not None else ""
+    size = f", {rung.weight_bytes / 2**20:.1f} MiB"
+    return f"{valid}{quality}{size}{f' ({rung.note})' if rung.note else ''}"
+
+
+def fix_model(
+    model,
+    prompts,
+    output_folder,
+    *,
+    backend="auto",
+    attention="sdpa",
+    emulation=None,
+    seed=0,
+    progress=True,
+    **pipe_kwargs,
+) -> Fix:
+    """Finds the smallest change with which a model draws right in reduced precision.
+
+    Args:
+        model: As in `load_pipeline`.
+        prompts: One or a list.
+        output_folder: For `fix.json`, `before_after.png`, and the recipe or the rebalanced model.
+        backend: As in `load_pipeline`.
+        attention: The attention that failed.
+        emulation: A function that returns a context manager, such as `emulate.mps`, or None.
+        seed: Image i is drawn from seed + i.
+        progress: Show progress bars.
+        **pipe_kwargs: For the pipeline call.
+
+    Returns:
+        A Fix; `chosen` is None if no rung is proven.
+
+    Raises:
+        ValidationError: The model cannot be loaded, or float32 itself is bad.
+    """
+    folder = Path(output_folder)
+    with allow_unsafe_attention():  # it is what is to be fixed
+        pipe, _ = load_pipeline(
+            model, backend=backend, dtype="float32", attention=attention, progress=progress
+        )
+        pipe.set_progress_bar_config(disable=True)
+        with emulation() if emulation else nullcontext():
+            rungs = climb(
+                pipe, prompts, seed=seed, stop_when_proven=True, progress=progress, **pipe_kwargs
+            )
+    chosen = rungs[-1] if rungs[-1].is_proven else None
+    folder.mkdir(parents=True, exist_ok=True)
+    how = HOW[chosen.name].format(folder=folder) if chosen else ""
+    if chosen and chosen.recipe:
+        chosen.recipe.save(folder / "recipe.json")
+    if chosen and chosen.name == "rebalanced float16":
+        with rebalanced(pipe), mixed_precision(pipe, [], torch.float16):
+            pipe.save_pretrained(folder / "model")
+    save_figure(plot_before_after(rungs[0], chosen), folder / "before_after.png")
+    fix = Fix(tuple(rungs), chosen, how, folder)
+    with replace_file(folder / "fix.json") as temporary:
+        temporary.write_text(fix.to_json())
+    return fix
+
+
+def plot_before_after(before: Rung, after: Rung | None):
+    """The images of the first rung beside those of the one that cures."""
+    rungs = [before, *([after] if after and after is not before else [])]
+    images, titles, problems = [], [], []
+    for rung in rungs:
+        drawn = [None] * rung.count if rung.images is None else list(rung.images)
+        for image in drawn:
+            images.append(image)
+            titles.append(rung.name)
+            problems.append("NaN" if image is None else judge_image(image).problem)
+    return plot_images(images, titles, problems=problems, columns=before.count)
