@@ -37,7 +37,7 @@ class Recipe:
     vae_learning_rate: float = 1.5e-3
     decoder_steps: int = 1_200
     decoder_learning_rate: float = 6e-4
-    unet_steps: int = 4_300
+    unet_steps: int = 7_000
     unet_batch_size: int = 32
     unet_learning_rate: float = 1e-3
     caption_dropout: float = 0.1
@@ -91,8 +91,11 @@ def make_unet() -> UNet2DConditionModel:
 
 
 def make_scheduler() -> PNDMScheduler:
-    """The settings of SD 1.5's scheduler_config.json."""
-    return PNDMScheduler(
+    """The settings of SD 1.5's scheduler_config.json.
+
+    PNDM itself knows no clip_sample; DDIM made from this configuration would clip the latents at 1.
+    """
+    scheduler = PNDMScheduler(
         num_train_timesteps=1000,
         beta_start=0.00085,
         beta_end=0.012,
@@ -101,3 +104,5 @@ def make_scheduler() -> PNDMScheduler:
         skip_prk_steps=True,
         steps_offset=1,
     )
+    scheduler.register_to_config(clip_sample=False)
+    return scheduler
