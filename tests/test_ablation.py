@@ -73,7 +73,8 @@ def test_a_cell_runs_on_the_real_device_too():
 @pytest.fixture(scope="module")
 def score():
     pipe, _ = load_pipeline("mini", backend="cpu", dtype="float32")
-    scores = measure_scores(pipe, PROMPT, height=64, width=64, num_inference_steps=2)
+    call = {name: value for name, value in SMALL.items() if name != "image_size"}
+    scores = measure_scores(pipe, PROMPT, height=64, width=64, **call)
     return max((s for s in scores if s.module.startswith("unet")), key=lambda s: s.unscaled)
 
 

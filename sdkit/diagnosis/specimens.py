@@ -91,11 +91,12 @@ def raise_scores(pipe, score) -> str:
         Dotted path of the attention.
     """
     attention = find_module(pipe, score.module)
-    exponent = math.ceil(math.log2(FLOAT16_MAXIMUM / score.unscaled))
-    to_query = exponent // 2  # shared, so that neither Q nor K overflows by itself
+    # As far above the limit before the scale as below it after: room for other seeds and steps.
+    wanted = FLOAT16_MAXIMUM * math.sqrt(score.unscaled / score.scaled)
+    factor = math.sqrt(wanted / score.unscaled)  # shared, so that neither Q nor K overflows alone
     with torch.no_grad():
-        attention.to_q.weight *= 2.0**to_query
-        attention.to_k.weight *= 2.0 ** (exponent - to_query)
+        attention.to_q.weight *= factor
+        attention.to_k.weight *= factor
     return score.module
 
 

@@ -35,11 +35,14 @@ class Activation:
 
 @dataclass(frozen=True)
 class Score:
-    """The largest Q.K^T of one attention in a run.
+    """The greatest Q.K^T of one attention in a run, signed.
+
+    One that is too negative for float16 is harmless: -Inf leaves softmax as a weight of 0. +Inf
+    makes its whole row NaN.
 
     Attributes:
         module: Dotted path from the pipeline.
-        unscaled: Greatest magnitude of Q.K^T.
+        unscaled: Greatest Q.K^T, at least 0.
         scaled: The same after the division by the square root of a head's width.
     """
 
@@ -88,7 +91,7 @@ def measure_activations(pipe, prompts, *, seed=0, **pipe_kwargs) -> tuple[Activa
 
 
 def measure_scores(pipe, prompts, *, seed=0, **pipe_kwargs) -> tuple[Score, ...]:
-    """Runs a pipeline and measures the largest Q.K^T of every attention that diffusers made.
+    """Runs a pipeline and measures the greatest Q.K^T of every attention that diffusers made.
 
     A backend that rounds Q.K^T to float16 before it scales needs the unscaled one to fit.
 
@@ -117,7 +120,7 @@ def measure_scores(pipe, prompts, *, seed=0, **pipe_kwargs) -> tuple[Score, ...]
                 found = [largest.get(path, query.new_zeros(()))]
                 heads = (tensor.chunk(module.heads, -1) for tensor in (query, key))
                 for q, k in zip(*heads, strict=True):
-                    found.append((q.float() @ k.float().mT).abs().amax())
+                    found.append((q.float() @ k.float().mT).amax())
                 largest[path] = torch.stack(found).amax()
 
         return look
