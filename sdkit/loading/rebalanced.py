@@ -16,8 +16,6 @@ from diffusers import UNet2DConditionModel
 from sdkit.loading.sidecar import MARK, SIDECAR_NAME, find_shift, read_sidecar, save_sidecar
 from sdkit.validation import ValidationError
 
-HOOK = "_sdkit_rebalance_hook"
-
 
 def apply_sidecars(pipe, folder) -> list[str]:
     """Restores the eps of each rebalanced component of a pipeline that was loaded from a folder.
@@ -62,16 +60,18 @@ def install_checks(model, shift):
     setattr(model, MARK, shift)
     model.save_pretrained = MethodType(save_with_sidecar, model)  # bound: a copy saves itself
     if isinstance(model, UNet2DConditionModel):
-        setattr(model, HOOK, model.register_forward_pre_hook(check_call, with_kwargs=True))
+        model.register_forward_pre_hook(check_call, with_kwargs=True)
         model.add_adapter = MethodType(add_adapter, model)
         model.load_lora_adapter = MethodType(load_lora_adapter, model)
 
 
 def remove_checks(model):
     """Takes the mark and the checks off again."""
-    if hasattr(model, HOOK):
-        getattr(model, HOOK).remove()
-    for name in (MARK, HOOK, "save_pretrained", "add_adapter", "load_lora_adapter"):
+    # By the function itself: a copy of a model has the hook, but a handle that removes nothing.
+    for key, hook in list(model._forward_pre_hooks.items()):
+        if hook is check_call:
+            del model._forward_pre_hooks[key], model._forward_pre_hooks_with_kwargs[key]
+    for name in (MARK, "save_pretrained", "add_adapter", "load_lora_adapter"):
         vars(model).pop(name, None)
 
 

@@ -30,11 +30,11 @@ from sdkit.validation import ValidationError, is_finite
 REASONS = (
     ("time_embedding", "a bare SiLU reads it"),
     ("add_embedding", "a bare SiLU reads it"),
+    (".ff.net.0", "GELU reads the gate"),
     (".to_q", "the softmax fixes Q.K^T"),
     (".to_k", "the softmax fixes Q.K^T"),
     (".attn", "the softmax fixes Q.K^T"),
     (".attentions", "the softmax fixes Q.K^T"),
-    (".ff.net.0", "GELU reads the gate"),
     ("conv_out", "it is read raw"),
     ("quant_conv", "it is read raw"),
 )
