@@ -4,6 +4,7 @@ import json
 
 import pytest
 import torch
+from diffusers import KDPM2AncestralDiscreteScheduler
 from diffusers.models.attention_processor import AttnProcessor, AttnProcessor2_0
 from tiny_pipelines import build_tiny_pipe, build_tiny_xl_pipe
 
@@ -214,3 +215,90 @@ def test_several_images_a_prompt_and_embeddings_without_a_prompt(tiny_pipe):
     prompt_embeds = torch.full((1, 77, 32), NAN)
     inputs = {"prompt_embeds": prompt_embeds, "negative_prompt_embeds": prompt_embeds}
     assert diagnose(tiny_pipe, None, **inputs, **FAST).cause == "bad-input"
+
+
+@pytest.mark.parametrize("bias", [0.0, 2.0, -2.0])
+def test_a_flat_image_is_never_called_healthy(tiny_pipe, bias):
+    with torch.no_grad():
+        tiny_pipe.vae.decoder.conv_out.weight.zero_()
+        tiny_pipe.vae.decoder.conv_out.bias.fill_(bias)
+    diagnosis = diagnose(tiny_pipe, "a shoe", **FAST)
+    assert diagnosis.cause == "undecided" and not diagnosis.is_healthy
+
+
+def test_nan_after_the_vae_is_found(tiny_pipe):
+    postprocess = tiny_pipe.image_processor.postprocess
+    tiny_pipe.image_processor.postprocess = lambda image, *args, **kwargs: postprocess(
+        image / 0 * 0, *args, **kwargs
+    )
+    diagnosis = diagnose(tiny_pipe, "a shoe", **FAST)
+    assert (diagnosis.stage, diagnosis.cause) == ("vae", "invalid-arithmetic")
+    assert diagnosis.bad_op.source.startswith("test_diagnosis.py")
+
+
+def test_an_inf_from_outside_is_followed_to_its_writer(tiny_pipe):
+    bad = torch.full((1,), float("inf"))
+    conv = tiny_pipe.unet.get_submodule("mid_block.resnets.0.conv1")
+    conv.register_forward_hook(lambda module, args, output: output + bad)
+    assert diagnose(tiny_pipe, "a shoe", **FAST).module == CONV
+
+
+def test_a_hook_that_counts_calls_is_not_called_a_kernel(tiny_pipe):
+    calls = iter(range(100))
+
+    def spoil(module, args, output):
+        if next(calls) == 2:
+            output[:, 0] = NAN
+
+    tiny_pipe.unet.get_submodule("mid_block.resnets.0.conv1").register_forward_hook(spoil)
+    diagnosis = diagnose(tiny_pipe, "a shoe", prove=True, **FAST)
+    assert diagnosis.cause == "undecided" and diagnosis.proven is None
+    assert "hooks" in diagnosis.evidence and "unchanged run" in diagnosis.proof
+
+
+def test_float32s_own_range_is_no_fault_of_the_backend(tiny_pipe):
+    latents = 1e25 * torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(0))
+    assert diagnose(tiny_pipe, "a", latents=latents, **FAST).cause == "range-overflow"
+
+
+def test_a_table_that_is_bad_by_nature_is_not_blamed(tiny_pipe):
+    scheduler = KDPM2AncestralDiscreteScheduler.from_config(tiny_pipe.scheduler.config)
+    tiny_pipe.scheduler = scheduler
+    with float16_arithmetic():
+        found = diagnose(tiny_pipe.to(torch.float16), "a", guidance_scale=1e7, **FAST)
+    assert found.cause == "range-overflow" and found.module is None
+
+
+def test_a_fullgraph_compiled_unet_is_diagnosed(tiny_pipe):
+    torch.compiler.reset()  # what ran under an emulation is marked as not to be compiled
+    with torch.no_grad():
+        tiny_pipe.unet.get_submodule("mid_block.resnets.0.conv1").weight[0] = NAN
+    tiny_pipe.unet = torch.compile(tiny_pipe.unet, backend="eager", fullgraph=True)
+    diagnosis = diagnose(tiny_pipe, "a shoe", prove=True, **FAST)
+    assert (diagnosis.module, diagnosis.cause, diagnosis.proven) == (CONV, "bad-weights", True)
+
+
+def test_a_trial_that_cannot_run_does_not_lose_the_diagnosis(tiny_pipe):
+    def strike(func, args, kwargs, compute):
+        result = compute(func, args, kwargs)
+        return result * NAN if result.shape == (1, 4, 8, 8) else result
+
+    with mps(faults=(Fault("sub", ("aten.sub",), (), "", strike),)):
+        diagnosis = diagnose(tiny_pipe, "a", prove=True, **FAST)
+    assert (diagnosis.cause, diagnosis.module) == ("backend-fault", None)
+
+
+def test_a_users_generator_and_output_type_are_heeded(tiny_pipe):
+    generator = torch.Generator().manual_seed(7)
+    state = generator.get_state()
+    options = {"generator": generator, "output_type": "pil", "return_dict": False}
+    assert diagnose(tiny_pipe, "a", **options, **FAST).is_healthy
+    assert torch.equal(generator.get_state(), state)
+
+
+@pytest.mark.parametrize(
+    "wrong", [{"num_inference_steps": 0}, {"num_images_per_prompt": "2"}, {"seed": -1}]
+)
+def test_numbers_that_cannot_be_are_one_clear_error(tiny_pipe, wrong):
+    with pytest.raises(ValidationError, match=next(iter(wrong))):
+        diagnose(tiny_pipe, "a", **{**FAST, **wrong})

@@ -18,6 +18,7 @@ from diffusers import (
 )
 from tiny_pipelines import build_tiny_pipe, build_tiny_xl_pipe
 
+from sdkit.emulate import float16_arithmetic
 from sdkit.finding import NonFiniteError
 from sdkit.guarding import guard, install_guard, remove_guard, unguarded
 from sdkit.validation import ValidationError
@@ -490,3 +491,15 @@ def test_the_error_survives_pickling(tiny_pipe):
         run(tiny_pipe)
     copied = pickle.loads(pickle.dumps(caught.value))
     assert copied.finding == caught.value.finding and str(copied) == str(caught.value)
+
+
+def test_an_error_leaves_no_lifted_vae(tokenizer_folder):
+    pipe = build_tiny_xl_pipe(tokenizer_folder)
+    pipe.set_progress_bar_config(disable=True)
+    pipe.vae.register_to_config(force_upcast=True)
+    with torch.no_grad():
+        pipe.vae.decoder.conv_in.weight[0] = NAN
+    pipe.to(torch.float16)
+    with float16_arithmetic(), pytest.raises(NonFiniteError), guard(pipe):
+        run(pipe)
+    assert {parameter.dtype for parameter in pipe.vae.parameters()} == {torch.float16}

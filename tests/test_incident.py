@@ -5,6 +5,7 @@ import json
 
 import pytest
 import torch
+from PIL import Image
 
 from sdkit import generate, load_pipeline
 from sdkit.diagnosis.incident_replay import diagnose_incident
@@ -111,6 +112,12 @@ def rewrite(change):
         (rewrite(lambda c: c["scheduler"].update({"class": "NoScheduler"})), "NoScheduler"),
         (rewrite(lambda c: c["emulation"].update(faults=["nobody"])), "nobody"),
         (rewrite(lambda c: c["run"].update(model="gone")), "gone"),
+        (rewrite(lambda c: c["call"].update(component="unet.save_config")), "call.component"),
+        (rewrite(lambda c: c["scheduler"].update({"class": "UNet2DModel"})), "UNet2DModel"),
+        (rewrite(lambda c: c["run"].update(settings=[])), "run.settings"),
+        (rewrite(lambda c: c.update(emulation=[1])), "emulation"),
+        (rewrite(lambda c: c["image"].update(finding=None)), "image.finding"),
+        (rewrite(lambda c: c["call"].update(args=[], kwargs={})), "does not fit"),
     ],
 )
 def test_a_corrupt_bundle_is_one_clear_error(sliced_pipe, tmp_path, spoil, words):
@@ -129,3 +136,30 @@ def test_a_full_disk_leaves_nothing_half_written(sliced_pipe, tmp_path, monkeypa
     with mps(memory="nan"), pytest.raises(ValidationError, match="No space left"):
         generate(sliced_pipe, "a shoe", output_folder=tmp_path, **FAST)
     assert not [path for path in tmp_path.rglob("*") if "incident" in path.name]
+
+
+def test_an_argument_that_json_cannot_hold_is_named_and_left_out(
+    sliced_pipe, tiny_folder, tmp_path
+):
+    def look(pipe, step, timestep, tensors):
+        return tensors
+
+    with mps(memory="nan"), pytest.raises(NonFiniteError):
+        generate(sliced_pipe, "a", output_folder=tmp_path, callback_on_step_end=look, **FAST)
+    diagnosis = diagnose_incident(tmp_path / "incident_000", model=tiny_folder, prove=True)
+    assert diagnosis.evidence["not_in_the_bundle"] == ["callback_on_step_end"] and diagnosis.proven
+
+
+def test_an_image_to_image_incident_is_not_proved_without_its_image(
+    tiny_pipe, tiny_folder, tmp_path
+):
+    def spoil(module, args, output):
+        output[0, 0, 0, 0] = float("nan")
+
+    tiny_pipe.unet.conv_out.register_forward_hook(spoil)
+    image = Image.new("RGB", (64, 64), (200, 90, 30))
+    with pytest.raises(NonFiniteError):
+        generate(tiny_pipe, "a", image=image, output_folder=tmp_path, **FAST)
+    diagnosis = diagnose_incident(tmp_path / "incident_000", model=tiny_folder, prove=True)
+    assert diagnosis.cause == "undecided" and diagnosis.evidence["came_back_here"] is False
+    assert diagnosis.proven is None

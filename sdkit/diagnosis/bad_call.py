@@ -12,6 +12,7 @@ import torch
 from sdkit.diagnosis.cause import Cause, find_cause
 from sdkit.diagnosis.diagnosis import Diagnosis
 from sdkit.diagnosis.place import describe
+from sdkit.diagnosis.remedy import find_module
 from sdkit.diagnosis.trace import find_first_bad_op
 from sdkit.finding import ComponentCall
 from sdkit.guarding import find_components
@@ -24,9 +25,23 @@ def examine_finding(pipe, run, call) -> Diagnosis:
     finding = run.finding
     if finding.stage == "scheduler":
         return examine_between_calls(pipe, finding, call)
+    if finding.stage == "conditioning" and (others := find_unwatched(pipe)):
+        bad = find_first_bad_op(call, {**find_components(pipe), **others})
+        if bad:
+            return describe("unet", finding.step or 0, bad.module, bad, find_cause(bad))
     if finding.tensor != "output":
         return blame_input(pipe, finding)
     return examine_call(pipe, run)
+
+
+def find_unwatched(pipe) -> dict:
+    """{name: module} of components that make conditioning and have no guard: a ControlNet."""
+    watched = {*find_components(pipe), "safety_checker"}
+    return {
+        name: module
+        for name, module in pipe.components.items()
+        if isinstance(module, torch.nn.Module) and name not in watched
+    }
 
 
 def blame_input(pipe, finding) -> Diagnosis:
@@ -64,14 +79,34 @@ def examine_between_calls(pipe, finding, call) -> Diagnosis:
 
 
 def find_bad_tables(scheduler) -> dict:
-    """{"scheduler.sigmas": "3 of 26 values are NaN or Inf"} of a scheduler's own numbers."""
+    """{"scheduler.sigmas": "3 of 26 values are NaN or Inf"} of a scheduler's own numbers.
+
+    A scheduler made anew from the same configuration is the measure: KDPM2's tables hold NaN where
+    nothing reads it.
+    """
+    found = count_bad(scheduler)
+    if not found:
+        return {}
+    anew = type(scheduler).from_config(scheduler.config)
+    if getattr(scheduler, "num_inference_steps", None):
+        anew.set_timesteps(scheduler.num_inference_steps)
+    usual = count_bad(anew)
+    return {
+        f"scheduler.{name}": f"{bad} of {total} values are NaN or Inf"
+        for name, (bad, total) in found.items()
+        if bad > usual.get(name, (0, 0))[0]
+    }
+
+
+def count_bad(scheduler) -> dict:
+    """{table: (bad values, values)} of the tables with NaN or Inf."""
     found = {}
     for name, value in vars(scheduler).items():
         if isinstance(value, (torch.Tensor, np.ndarray, float)):
             values = torch.as_tensor(value).detach().cpu()
             bad = int((~values.isfinite()).sum())
             if bad:
-                found[f"scheduler.{name}"] = f"{bad} of {values.numel()} values are NaN or Inf"
+                found[name] = (bad, values.numel())
     return found
 
 
@@ -82,13 +117,11 @@ def examine_call(pipe, run) -> Diagnosis:
     component = getattr(pipe, root)
     bad, replays, memory = break_again(pipe, call, {root: component})
     if bad is None:
-        return describe_fleeting(finding, root, run.suspect, is_compiled(component))
+        return describe_fleeting(pipe, finding, run.suspect or root)
     cause = find_cause(bad)
     replay = {"replays": replays}
     if memory:
         replay["fresh_memory_in_the_replay"] = f"filled with {memory} on purpose"
-    if is_compiled(component):
-        replay["compiled"] = "found in an eager replay; what was compiled was not looked into"
     cause = replace(cause, evidence={**cause.evidence, **replay})
     return describe(finding.stage, finding.step, bad.module, bad, cause)
 
@@ -111,28 +144,22 @@ def make_call(pipe, call: ComponentCall):
         return function(*call.args, **call.kwargs)
 
 
-def is_compiled(component) -> bool:
-    """Whether `torch.compile` or `module.compile` is on a component or within it."""
-    return any(
-        module._compiled_call_impl is not None or type(module).__name__ == "OptimizedModule"
-        for module in component.modules()
-    )
-
-
-def describe_fleeting(finding, root, suspect, compiled) -> Diagnosis:
+def describe_fleeting(pipe, finding, suspect) -> Diagnosis:
     """The same call on the same inputs broke once and never again."""
+    module = find_module(pipe, suspect)
     evidence = {
         "finite_replays": f"{len(MEMORIES)} of {len(MEMORIES)}, one with fresh memory of NaN",
         "nan_count": finding.nan_count,
         "inf_count": finding.inf_count,
     }
-    if compiled:
-        evidence["compiled"] = "the replays were eager: the compiled graph itself is a suspect"
-    remedy = (
-        "The same inputs gave another result when the call was repeated, so the kernel is not "
-        "deterministic: upgrade torch, and run this module in float32 or on the CPU meanwhile."
-    )
-    module = suspect or root
-    return describe(
-        finding.stage, finding.step, module, None, Cause("backend-fault", evidence, remedy)
-    )
+    if module._forward_hooks or module._forward_pre_hooks:
+        evidence["hooks"] = f"{suspect} has hooks of somebody else's, which may count calls"
+        remedy = "Take the hooks off and run it again: with them, kernel and hook cannot be told."
+        cause = Cause("undecided", evidence, remedy)
+    else:
+        remedy = (
+            "The same inputs gave another result when the call was repeated, so the kernel is not "
+            "deterministic: upgrade torch, and run this module in float32 or on the CPU meanwhile."
+        )
+        cause = Cause("backend-fault", evidence, remedy)
+    return describe(finding.stage, finding.step, suspect, None, cause)

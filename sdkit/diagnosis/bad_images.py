@@ -42,10 +42,24 @@ def examine_images(pipe, run, call) -> Diagnosis:
         return Diagnosis(
             "none", None, None, None, "healthy", {**evidence, **find_hidden_overflow(pipe, call)}
         )
+    if any(verdict.problem in ("nan", "inf") for verdict in verdicts):
+        return examine_after_decoding(pipe, call, evidence)
     hidden = find_swallowed(pipe, call)
     if hidden:
         return hidden
+    evidence["problems"] = sorted({v.problem for v in verdicts if not v.valid})
     return examine_dark(pipe, call, evidence)
+
+
+def examine_after_decoding(pipe, call, evidence) -> Diagnosis:
+    """NaN in an image although no component gave one: what runs after the VAE made it."""
+    bad = find_first_bad_op(call, find_components(pipe), outside_only=True)
+    if bad:
+        return describe("vae", None, None, bad, find_cause(bad))
+    remedy = (
+        "Look at what runs after the VAE: the image processor, a callback, a decoder of its own."
+    )
+    return Diagnosis("vae", None, None, None, "undecided", evidence, remedy)
 
 
 def find_swallowed(pipe, call) -> Diagnosis | None:
@@ -83,16 +97,16 @@ def examine_dark(pipe, call, evidence) -> Diagnosis:
         if twin.is_valid and float(np.mean(twin.images)) >= DARK_MEAN:
             evidence["float32_mean_brightness"] = float(np.mean(twin.images))
             return describe_underflow(*find_in_whole_run(pipe, call, "flushed"), evidence)
-        evidence["float32_is_dark_too"] = True
-    if evidence["valid_images"] or evidence["brightest_pixel"] > 0:
+        evidence["float32_is_no_better"] = True
+    if evidence["valid_images"] == evidence["images"]:
         return Diagnosis(
             "none", None, None, None, "dark-but-valid", evidence,
             "Nothing is broken: another seed, prompt or scheduler makes a brighter image.",
         )  # fmt: skip
     return Diagnosis(
         "none", None, None, None, "undecided", evidence,
-        "Every number is finite and float32 draws the same: look at the VAE's weights and at the "
-        "latents it is given (output_type='latent').",
+        "Every number is finite, and precision is not what makes it so: look at the VAE's weights "
+        "and at the latents it is given (output_type='latent').",
     )  # fmt: skip
 
 

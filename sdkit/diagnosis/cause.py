@@ -8,6 +8,7 @@ does the size of the numbers decide between overflow and a backend that is wrong
 from dataclasses import dataclass, field
 
 from sdkit.diagnosis.experiments import (
+    breaks_in_float32,
     compare_with_reference,
     count_masked_rows,
     depends_on_memory,
@@ -171,14 +172,25 @@ def judge_numbers(bad: BadOp) -> Cause:
             f"No precision helps: {bad.op} has no finite answer for these inputs (0/0, inf-inf, "
             f"log of 0). Mend the formula at {bad.source}.",
         )
+    if breaks_in_float32(bad.call):
+        return Cause(
+            "range-overflow",
+            {**evidence, "float32_on_the_cpu": "NaN or Inf as well: within the op, not its result"},
+            f"The inputs of {bad.op} are too large for float32's own range; see what made them.",
+        )
     if reference.overflowing_count + reference.inf_count >= reference.fitting_count:
         dtype = next(s.dtype for s in bad.outputs if s.nan_count or s.inf_count)
         component = bad.module.partition(".")[0]
-        return Cause(
-            "range-overflow",
-            evidence,
+        remedy = (
             f'Run {bad.module} in float32; `load_pipeline(dtype={{"{component}": "float32"}})` does'
-            f" it for the whole component. {dtype} ends at {reference.maximum:.5g}.",
+            " it for the whole component."
+            if component
+            else f"Smaller guidance_scale, or everything in float32: it overflows at {bad.source}."
+        )
+        if dtype == "float32":
+            remedy = "No wider dtype is at hand: look at what makes such large numbers."
+        return Cause(
+            "range-overflow", evidence, f"{remedy} {dtype} ends at {reference.maximum:.5g}."
         )
     return Cause(
         "backend-fault",

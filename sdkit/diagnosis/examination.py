@@ -6,7 +6,13 @@ from sdkit.device import describe_environment
 from sdkit.diagnosis.bad_call import examine_finding
 from sdkit.diagnosis.bad_images import examine_images
 from sdkit.diagnosis.diagnosis import Diagnosis
-from sdkit.diagnosis.guarded_run import check_pipeline, check_prompts, run_guarded
+from sdkit.diagnosis.guarded_run import (
+    check_arguments,
+    check_pipeline,
+    check_prompts,
+    run_guarded,
+)
+from sdkit.diagnosis.module_watch import uncompiled
 from sdkit.diagnosis.remedy import prove_remedy
 from sdkit.emulate import active as find_emulation
 from sdkit.guarding import unguarded
@@ -31,6 +37,7 @@ def diagnose(pipe, prompts, *, seed=0, prove=False, **pipe_kwargs) -> Diagnosis:
         ValidationError: The pipeline or the arguments cannot work; nothing was run.
     """
     prompts = check_prompts(prompts, pipe_kwargs)
+    check_arguments(seed, pipe_kwargs)
     check_pipeline(pipe)
 
     def call(without=()):
@@ -40,7 +47,11 @@ def diagnose(pipe, prompts, *, seed=0, prove=False, **pipe_kwargs) -> Diagnosis:
     with unguarded(pipe):  # a replay must reach the op, whatever guard the pipeline carries
         run = call()
         examine = examine_finding if run.finding else examine_images
-        diagnosis = examine(pipe, run, call)
+        with uncompiled(pipe) as compiled:
+            diagnosis = examine(pipe, run, call)
+        if (diagnosis.module or "").partition(".")[0] in compiled:
+            note = "found in eager replays; what was compiled was not looked into"
+            diagnosis = replace(diagnosis, evidence={**diagnosis.evidence, "compiled": note})
         if prove:
             diagnosis = prove_remedy(pipe, diagnosis, call)
     return replace(

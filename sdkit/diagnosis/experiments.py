@@ -73,11 +73,23 @@ def compare_with_reference(call: OpCall) -> Reference | None:
         )
 
 
-def run_in_float64(call: OpCall) -> tuple[torch.Tensor, ...] | None:
+def breaks_in_float32(call: OpCall) -> bool:
+    """Whether a float32 op gives NaN or Inf on the honest CPU too: by its own intermediate range.
+
+    Only where the device's result is float32: a wider replay of float16 says nothing of the kind.
+    """
+    if any(tensor.dtype is not torch.float32 for tensor in call.output):
+        return False
+    with suspended(), torch.no_grad():
+        results = run_in_float64(call, torch.float32)
+        return results is not None and not all(bool(r.isfinite().all()) for r in results)
+
+
+def run_in_float64(call: OpCall, dtype=torch.float64) -> tuple[torch.Tensor, ...] | None:
     """The op's tensors in float64 on the CPU, buffers that it must ignore or nobody wrote as 0."""
     named = call.named
     blank = {*call.ignored, *(name.partition("[")[0] for name in call.undefined)}
-    wide = {name: widen(value, is_blank=name in blank) for name, value in named.items()}
+    wide = {name: widen(value, dtype, is_blank=name in blank) for name, value in named.items()}
     overload, wide = drop_out(call.func, wide)
     try:
         if ATTENTION in str(overload):
@@ -87,16 +99,16 @@ def run_in_float64(call: OpCall) -> tuple[torch.Tensor, ...] | None:
         return None
 
 
-def widen(value, *, is_blank=False):
-    """Floating tensors as float64 on the CPU, others on the CPU; dtypes float64, devices CPU."""
+def widen(value, dtype, *, is_blank=False):
+    """Floating tensors in a wider dtype on the CPU, others on the CPU; dtypes and devices too."""
     if isinstance(value, torch.Tensor):
         value = value.detach().cpu()
         value = torch.zeros_like(value) if is_blank else value
-        return value.double() if value.is_floating_point() else value
+        return value.to(dtype, copy=True) if value.is_floating_point() else value.clone()
     if isinstance(value, (list, tuple)) and any(isinstance(v, torch.Tensor) for v in value):
-        return [widen(item, is_blank=is_blank) for item in value]
+        return [widen(item, dtype, is_blank=is_blank) for item in value]
     if isinstance(value, torch.dtype) and value.is_floating_point:
-        return torch.float64
+        return dtype
     return torch.device("cpu") if isinstance(value, torch.device) else value
 
 

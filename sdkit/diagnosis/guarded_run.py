@@ -1,5 +1,6 @@
 """One pipeline call as the user makes it, under the guard, and what may be called at all."""
 
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import numpy as np
@@ -7,6 +8,7 @@ import torch
 
 from sdkit.diagnosis.module_watch import ModuleWatch
 from sdkit.finding import ComponentCall, Finding, NonFiniteError
+from sdkit.generation.request import MAXIMUM_SEED, check_number
 from sdkit.guarding import find_components, guard
 from sdkit.validation import ValidationError, judge_image
 
@@ -45,7 +47,21 @@ def check_prompts(prompts, pipe_kwargs) -> list[str]:
     for index, prompt in enumerate(prompts):
         if not isinstance(prompt, str):
             raise ValidationError(f"prompts[{index}]: got {prompt!r}, expected words.")
+        try:
+            prompt.encode()
+        except UnicodeEncodeError as error:
+            raise ValidationError(f"prompts[{index}]: is no valid Unicode ({error}).") from error
     return list(prompts)
+
+
+def check_arguments(seed, pipe_kwargs):
+    """Raises for numbers with which no pipeline can be called."""
+    check_number("seed", seed, minimum=0, maximum=MAXIMUM_SEED)
+    for name in ("num_inference_steps", "num_images_per_prompt"):
+        if pipe_kwargs.get(name) is not None:
+            check_number(name, pipe_kwargs[name], minimum=1)
+    if pipe_kwargs.get("guidance_scale") is not None:
+        check_number("guidance_scale", pipe_kwargs["guidance_scale"], kind=float)
 
 
 def check_pipeline(pipe):
@@ -79,14 +95,31 @@ def run_guarded(pipe, prompts, seed, pipe_kwargs) -> Run:
     """One pipeline call as the user makes it, under the guard."""
     count = len(prompts) * pipe_kwargs.get("num_images_per_prompt", 1)
     generators = [torch.Generator("cpu").manual_seed(seed + i) for i in range(count)]
-    arguments = {"generator": generators, **pipe_kwargs, "output_type": "np"}
+    arguments = {"generator": generators, **pipe_kwargs, "output_type": "np", "return_dict": True}
     if "prompt_embeds" not in pipe_kwargs:
         arguments["prompt"] = prompts
     watch = ModuleWatch()
-    with guard(pipe) as report, watch.installed(find_components(pipe)):
-        try:
+    try:
+        with (
+            kept_state(arguments["generator"]),
+            guard(pipe) as report,
+            watch.installed(find_components(pipe)),
+        ):
             output = pipe(**arguments)
-        except NonFiniteError:
-            return Run(finding=report[0], call=report.bad_call, suspect=watch.find_first_bad())
+    except NonFiniteError:
+        suspect = watch.find_first_bad(report[0].component.partition(".")[0])
+        return Run(finding=report[0], call=report.bad_call, suspect=suspect)
     censored = getattr(output, "nsfw_content_detected", None)
     return Run(images=np.asarray(output.images), is_censored=tuple(censored or ()))
+
+
+@contextmanager
+def kept_state(generators):
+    """Gives generators back the state they had: every run of a diagnosis draws the same noise."""
+    generators = generators if isinstance(generators, list) else [generators]
+    states = [(g, g.get_state()) for g in generators if isinstance(g, torch.Generator)]
+    try:
+        yield
+    finally:
+        for generator, state in states:
+            generator.set_state(state)

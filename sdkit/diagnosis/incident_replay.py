@@ -49,7 +49,13 @@ def diagnose_incident(folder, *, model=None, backend="auto", prove=False) -> Dia
         except ValueError as error:
             raise ValidationError(f"{folder}: emulation: {error}.") from error
         stack.enter_context(unguarded(pipe))
-        return examine_incident(pipe, incident, prove)
+        try:
+            return examine_incident(pipe, incident, prove)
+        except (KeyError, TypeError, AttributeError, RuntimeError) as error:
+            raise ValidationError(
+                f"{folder}: does not fit {model or incident.run['model']} "
+                f"({type(error).__name__}: {error}). Name the model that made it with model=."
+            ) from error
 
 
 def load_pipe(incident, model, backend):
@@ -71,7 +77,13 @@ def load_pipe(incident, model, backend):
 def examine_incident(pipe, incident, prove) -> Diagnosis:
     """Makes the call of an incident again, and finds the cause."""
     run, image = incident.run, incident.image
-    pipe_kwargs = list_pipe_kwargs(run["settings"], image)
+    pipe_kwargs = list_pipe_kwargs(run["settings"], image, incident.lost)
+    is_whole = not run["settings"].get("image_to_image")
+    if incident.call is None and not is_whole:
+        raise ValidationError(
+            "incident: an image-to-image run without a bad call cannot be made again, for the "
+            "bundle does not hold its input image. Run the pipeline with that image under diagnose."
+        )
 
     def call(without=()):
         return run_guarded(pipe, [image["prompt"]], image["seed"], pipe_kwargs)
@@ -94,8 +106,15 @@ def examine_incident(pipe, incident, prove) -> Diagnosis:
             ),
         )  # fmt: skip
     else:
-        diagnosis = replace(diagnosis, evidence={**evidence, "came_back_here": True})
-        diagnosis = prove_remedy(pipe, diagnosis, call) if prove else diagnosis
+        came_back = diagnosis.bad_op is not None
+        evidence["came_back_here"] = came_back if finding.tensor == "output" else "not replayed"
+        if incident.lost:
+            evidence["not_in_the_bundle"] = list(incident.lost)
+        diagnosis = replace(diagnosis, evidence=evidence)
+        if prove and is_whole:
+            diagnosis = prove_remedy(pipe, diagnosis, call)
+        elif prove:
+            diagnosis = replace(diagnosis, proof="the bundle does not hold the input image")
     return replace(
         diagnosis,
         environment=describe_environment(pipe._execution_device.type),
@@ -109,9 +128,9 @@ def read_finding(recorded: dict) -> Finding:
     return Finding(**{**known, "rows": tuple(recorded["rows"])})
 
 
-def list_pipe_kwargs(settings: dict, image: dict) -> dict:
-    """The pipeline's arguments for one image of a recorded run."""
-    ours = ("batch_size", "on_nonfinite", "image_to_image")
+def list_pipe_kwargs(settings: dict, image: dict, lost) -> dict:
+    """The pipeline's arguments for one image of a recorded run, without those that were lost."""
+    ours = ("batch_size", "on_nonfinite", "image_to_image", "strength", *lost)
     pipe_kwargs = {name: value for name, value in settings.items() if name not in ours}
     if image.get("negative_prompt"):
         pipe_kwargs["negative_prompt"] = image["negative_prompt"]

@@ -12,6 +12,7 @@ class ModulePath:
     Attributes:
         modules: {name: component} of those that are followed.
         running: Paths of the modules that are running, innermost last.
+        has_denoised: Whether the UNet or transformer was called yet.
     """
 
     def __init__(self, modules, *, on_enter=None, on_leave=None):
@@ -19,6 +20,7 @@ class ModulePath:
         self.modules = modules
         self.on_enter, self.on_leave = on_enter, on_leave
         self.running = []
+        self.has_denoised = False
         self.changes = []  # (autograd sequence number, path that runs from there on), in order
 
     @contextmanager
@@ -27,13 +29,14 @@ class ModulePath:
         with ExitStack() as undo:
             for root, component in self.modules.items():
                 for name, module in component.named_modules():
-                    self._follow(module, f"{root}.{name}".rstrip("."), undo)
+                    self._follow(module, plain_path(f"{root}.{name}"), undo)
             yield self
 
     def _follow(self, module, path, undo):
         """First of the module's hooks on the way in, last on the way out: hooks are its too."""
 
         def enter(module, args):
+            self.has_denoised |= path in ("unet", "transformer")
             self.running.append(path)
             self.changes.append((torch._C._autograd._get_sequence_nr(), path))
             if self.on_enter:
@@ -61,3 +64,8 @@ class ModulePath:
             index = bisect_right(self.changes, node._sequence_nr(), key=lambda change: change[0])
             return self.changes[max(0, index - 1)][1]
         return next(iter(self.modules), "")
+
+
+def plain_path(path: str) -> str:
+    """A dotted path without what torch.compile puts into it."""
+    return path.rstrip(".").replace("._orig_mod", "")

@@ -7,6 +7,7 @@ from contextlib import ExitStack, contextmanager
 
 from sdkit.emulate.mode import suspended
 from sdkit.finding import find_tensors
+from sdkit.guarding import find_components
 
 
 class ModuleWatch:
@@ -22,7 +23,7 @@ class ModuleWatch:
             for root, component in modules.items():
                 before = component.register_forward_pre_hook(lambda *_: self.flags.clear())
                 undo.callback(before.remove)
-                for name, module in component.named_modules():
+                for name, module in [] if is_compiled(component) else component.named_modules():
                     handle = module.register_forward_hook(self._look(f"{root}.{name}".rstrip(".")))
                     undo.callback(handle.remove)
             yield self
@@ -34,6 +35,32 @@ class ModuleWatch:
 
         return look
 
-    def find_first_bad(self) -> str | None:
-        """Path of the first module whose output held NaN or Inf; inner ones come first."""
-        return next((path for path, is_finite in self.flags if not bool(is_finite)), None)
+    def find_first_bad(self, root) -> str | None:
+        """Path of the first module of a component with a non-finite output, inner ones first."""
+        flags = (flag for flag in self.flags if flag[0].partition(".")[0] == root)
+        return next((path for path, is_finite in flags if not bool(is_finite)), None)
+
+
+@contextmanager
+def uncompiled(pipe):
+    """Yields the names of compiled components, and lets the body run them in eager mode."""
+    compiled = {name: c for name, c in find_components(pipe).items() if is_compiled(c)}
+    with ExitStack() as undo:
+        for name, component in compiled.items():
+            undo.callback(setattr, pipe, name, component)
+            setattr(pipe, name, getattr(component, "_orig_mod", component))
+            for module in component.modules():
+                undo.callback(setattr, module, "_compiled_call_impl", module._compiled_call_impl)
+                module._compiled_call_impl = None
+        yield set(compiled)
+
+
+def is_compiled(component) -> bool:
+    """Whether `torch.compile` or `module.compile` is on a component or within it.
+
+    A hook inside would be traced into the graph, or refused by fullgraph.
+    """
+    return any(
+        module._compiled_call_impl is not None or type(module).__name__ == "OptimizedModule"
+        for module in component.modules()
+    )

@@ -18,7 +18,7 @@ def describe(stage, step, module, bad: BadOp | None, cause: Cause) -> Diagnosis:
     return Diagnosis(
         stage=stage,
         step=step,
-        module=plain_path(cause.module or module),
+        module=cause.module or module,
         op=bad and bad.op,
         cause=cause.name,
         evidence=evidence,
@@ -26,11 +26,6 @@ def describe(stage, step, module, bad: BadOp | None, cause: Cause) -> Diagnosis:
         reproduction=script,
         bad_op=bad,
     )
-
-
-def plain_path(path: str | None) -> str | None:
-    """A module's path without what torch.compile puts into it."""
-    return path and path.replace("_orig_mod.", "").removesuffix("._orig_mod")
 
 
 def stage_of(module: str) -> str:

@@ -19,6 +19,7 @@ from sdkit.emulate.memory import is_allocating
 from sdkit.emulate.mode import suspended
 from sdkit.finding import find_tensors
 from sdkit.guarding import find_components
+from sdkit.loading.border_casts import MARK, install_border_casts, remove_border_casts
 from sdkit.loading.lifting import LOW_DTYPES, computing, in_float32
 
 # Which arguments of a pipeline bring what the guard calls by these names.
@@ -62,16 +63,23 @@ def prove_remedy(pipe, diagnosis: Diagnosis, call) -> Diagnosis:
         The diagnosis with `proven` and `proof`, and the remedy that proved to do.
     """
     tried = []
+    if "finite_replays" in diagnosis.evidence and call().is_valid:
+        proof = "an unchanged run is valid too, so no remedy can be proved on it"
+        return replace(diagnosis, proof=proof)
     for trial in list_trials(pipe, diagnosis):
-        with trial.applied():
-            run = call(without=trial.without)
+        try:
+            with trial.applied(), bordered(pipe):
+                run = call(without=trial.without)
+        except Exception as error:  # a trial that cannot run must not lose the diagnosis
+            tried.append(f"{trial.what} could not be run ({type(error).__name__}: {error})")
+            continue
         if run.is_valid:
             proof = f"{trial.what}: {len(run.images)} of {len(run.images)} images valid"
             remedy = trial.remedy or diagnosis.remedy
             return replace(diagnosis, proven=True, remedy=remedy, proof=proof)
-        tried.append(trial.what)
+        tried.append(f"{trial.what}: still bad")
     if tried:
-        return replace(diagnosis, proven=False, proof=f"still bad with {', with '.join(tried)}")
+        return replace(diagnosis, proven=False, proof="; ".join(tried))
     return replace(diagnosis, proof="no remedy for this cause can be run here")
 
 
@@ -141,6 +149,8 @@ def try_float32(pipe, diagnosis) -> list[Trial]:
 def try_cpu(pipe, diagnosis) -> list[Trial]:
     """The module, then its component, on the CPU in float32, outside every emulation."""
     path = diagnosis.module
+    if path is None:
+        return []
     component = find_module(pipe, path.partition(".")[0])
     parts = list(component.children()) if hasattr(component, "decode") else [component]
     places = {path: [find_module(pipe, path)]} if "." in path else {}
@@ -158,13 +168,13 @@ def try_cpu(pipe, diagnosis) -> list[Trial]:
 
 def try_own_inputs(pipe, diagnosis) -> list[Trial]:
     """The pipeline's own inputs in place of the caller's, or a scheduler made anew."""
+    names = INPUTS.get(diagnosis.evidence.get("what_it_is"), ())
+    trials = [Trial("the pipeline's own inputs", nullcontext, without=names)] if names else []
     if any(name.startswith("scheduler.") for name in diagnosis.evidence):
         anew = type(pipe.scheduler).from_config(pipe.scheduler.config)
-        return [Trial("the scheduler made anew", partial(replaced, pipe, "scheduler", anew))]
-    names = INPUTS.get(diagnosis.evidence.get("what_it_is"), ())
-    if not names:
-        return []
-    return [Trial("the pipeline's own inputs", nullcontext, without=names)]
+        what = "the scheduler made anew"
+        trials.append(Trial(what, partial(replaced, pipe, "scheduler", anew)))
+    return trials
 
 
 def is_low(tensor) -> bool:
@@ -177,6 +187,19 @@ def find_module(pipe, path: str) -> torch.nn.Module:
     root, _, rest = path.partition(".")
     component = getattr(pipe, root)
     return getattr(component, "_orig_mod", component).get_submodule(rest)
+
+
+@contextmanager
+def bordered(pipe):
+    """Casts at the borders of components, where a trial may have made dtypes differ."""
+    if any(hasattr(component, MARK) for component in pipe.components.values()):
+        yield
+        return
+    install_border_casts(pipe)
+    try:
+        yield
+    finally:
+        remove_border_casts(pipe)
 
 
 @contextmanager

@@ -29,7 +29,7 @@ def draw(shape, stride, offset, dtype, low, high):
     values = torch.rand(size, generator=generator) * (high - low) + low
     return values.to(dtype).to(device).as_strided(shape, stride, offset)
 
-nan = float("nan")
+nan, inf = float("nan"), float("inf")
 arguments = {{
 '''
 TAIL = """}}
@@ -88,7 +88,9 @@ def draw(value, *, is_blank: bool) -> str:
         return "None"
     with suspended():
         seen = summarize("", value)
-    low, high = ("nan", "nan") if is_blank else (f"{seen.minimum:.6g}", f"{seen.maximum:.6g}")
+    low, high = (
+        ("nan", "nan") if is_blank else (f"{v or 0:.6g}" for v in (seen.minimum, seen.maximum))
+    )
     layout = f"{seen.shape}, {seen.stride}, {value.storage_offset()}"
     return f"draw({layout}, torch.{seen.dtype}, {low}, {high})"
 

@@ -25,7 +25,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from sdkit.diagnosis.experiments import SOFTMAX_OPS, measure_flushed
-from sdkit.diagnosis.module_path import ModulePath
+from sdkit.diagnosis.module_path import ModulePath, plain_path
 from sdkit.diagnosis.op_record import BadOp, OpCall, summarize
 from sdkit.diagnosis.op_traits import (
     find_ignored,
@@ -37,6 +37,7 @@ from sdkit.diagnosis.op_traits import (
 from sdkit.emulate.mode import is_composite, suspended
 from sdkit.finding import find_tensors
 from sdkit.loading.lifting import LOW_DTYPES
+from sdkit.validation import is_finite
 
 OPS_BEFORE = 12
 FLUSHED_SHARE = 0.5
@@ -70,7 +71,8 @@ def find_first_bad_op(call, modules, *, look_for="bad", memory=None, outside_onl
     """
     trace = OpTrace(modules, look_for=look_for, memory=memory, outside_only=outside_only)
     try:
-        with trace.installed(), torch.compiler.set_stance("force_eager"):
+        with trace.installed():
+            torch.clear_autocast_cache()  # a weight cast before would arrive bad, without its cast
             result = call()
         if look_for == "bad":
             with suspended():
@@ -103,7 +105,7 @@ class OpTrace(TorchDispatchMode):
             for root, component in self.path.modules.items():
                 for kind in (component.named_parameters, component.named_buffers):
                     for name, tensor in kind():
-                        self.weights[storage_of(tensor)] = f"{root}.{name}"
+                        self.weights[storage_of(tensor)] = plain_path(f"{root}.{name}")
             undo.enter_context(self.path.followed())
             undo.enter_context(self)
             yield self
@@ -113,7 +115,7 @@ class OpTrace(TorchDispatchMode):
         if is_composite(func):  # under inference_mode these arrive whole
             with self:
                 return func.decompose(*args, **kwargs)
-        if self.outside_only and self.path.running:
+        if self.outside_only and (self.path.running or not self.path.has_denoised):
             return func(*args, **kwargs)
         named = name_arguments(func, args, kwargs)
         ignored = find_ignored(func, named)
@@ -153,12 +155,14 @@ class OpTrace(TorchDispatchMode):
         rest = [n for n in bad if call.places[n] not in self.weights and n not in call.undefined]
         suspects = (self.suspects.get(call.places[name]) for name in rest)
         made_by = next(filter(None, suspects), None)
-        has_nan = any(bool(tensor.isnan().any()) for tensor in bad_outputs)
-        came_with_it = rest and not weights and not made_by
+        has_nan = any(map(has_nan_in, bad_outputs))
+        came_with_it = (
+            rest and not weights and not made_by and not any(map(rises, map(bad.get, rest)))
+        )
         if not has_nan and (came_with_it or is_mask(call.named, bad_outputs)):
             return
         if weights or not made_by:
-            arrived = tuple(name for name in rest if bool(bad[name].isnan().any()))
+            arrived = tuple(name for name in rest if has_nan_in(bad[name]) or rises(bad[name]))
             made_by = self._describe(call, weights, () if weights else arrived)
         for tensor in bad_outputs:
             self.suspects[storage_of(tensor)] = made_by
@@ -191,7 +195,7 @@ class OpTrace(TorchDispatchMode):
             made_by = self.suspects.get(call.places[name], self.producer)
             if not made_by or is_finite(tensor):
                 continue
-            if bool(tensor.isnan().any()) or (cuts and call.places[name] in self.suspects):
+            if has_nan_in(tensor) or (cuts and call.places[name] in self.suspects):
                 self.found = replace(made_by, swallowed_by=f"{self.path.innermost}: {call.func}")
                 raise _Found
 
@@ -217,7 +221,7 @@ class OpTrace(TorchDispatchMode):
         count = len(call.output)
         return BadOp(
             op=str(call.func),
-            module=self.path.innermost,
+            module="" if self.outside_only else self.path.innermost,
             source=source,
             source_line=line,
             inputs=tuple(
@@ -270,16 +274,20 @@ def keep_overwritten(func, args, kwargs, ignored):
     )
 
 
-def is_finite(tensor) -> bool:
-    """Whether a tensor holds neither NaN nor Inf."""
-    return not tensor.is_floating_point() or bool(tensor.detach().isfinite().all())
+def has_nan_in(tensor) -> bool:
+    """Whether a tensor holds NaN."""
+    return tensor.is_floating_point() and bool(tensor.detach().float().isnan().any())
+
+
+def rises(tensor) -> bool:
+    """Whether a tensor holds +inf: -inf alone may be a mask that came from outside."""
+    return bool((tensor.detach().float() == float("inf")).any())
 
 
 def is_mask(named, outputs) -> bool:
     """Whether -inf alone was written as a constant, as by `masked_fill(-inf)` or `full(-inf)`."""
     numbers = [value for value in named.values() if isinstance(value, float)]
-    is_up = any(bool((tensor == float("inf")).any()) for tensor in outputs)
-    return float("-inf") in numbers and not is_up
+    return float("-inf") in numbers and not any(map(rises, outputs))
 
 
 def is_constant(named) -> bool:

@@ -90,7 +90,10 @@ class ImageRun:
         except NonFiniteError as error:
             unfinished = self._describe_unfinished(indices, error.finding)
             self.images += unfinished
-            self._save_incidents(unfinished, report)
+            try:
+                self._save_incidents(unfinished, report)
+            except ValidationError as problem:  # a full disk must not hide what was found
+                raise self._failure(unfinished[0], f" No incident was kept: {problem}") from error
             raise self._failure(unfinished[0]) from error
         self.seconds.append((self._read_clock() - started, len(indices)))
         images = self._judge(indices, output, report)
@@ -231,7 +234,10 @@ class ImageRun:
                 folder = self.folder / INCIDENT_FOLDER.format(image.index)
                 with _explain_failure_to_write(folder):
                     run = self._describe()
-                    save_incident(folder, run=run, image=image, pipe=self.pipe, call=call)
+                    save_incident(
+                        folder, run=run, image=image, pipe=self.pipe, call=call,
+                        call_kwargs=self.call,
+                    )  # fmt: skip
 
     def _describe_origin(self, image):
         """What the PNG says about itself."""
@@ -246,8 +252,8 @@ class ImageRun:
             "emulated": self.record.emulated,
         }
 
-    def _failure(self, image):
-        message = f"image {image.index} ({image.prompt[:60]!r}): {image.message}"
+    def _failure(self, image, addition=""):
+        message = f"image {image.index} ({image.prompt[:60]!r}): {image.message}{addition}"
         if image.problem in ("nan", "inf"):
             return NonFiniteError(message, image.finding)
         return ValidationError(message)

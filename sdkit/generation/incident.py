@@ -8,6 +8,7 @@ Nothing personal is in it but the prompt: no path, no user, no image.
 """
 
 import json
+import re
 import shutil
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -25,6 +26,8 @@ from sdkit.validation import ValidationError
 INCIDENT_VERSION = 1
 INCIDENT_FOLDER = "incident_{:03}"
 INCIDENT_NAME, CALL_NAME = "incident.json", "call.safetensors"
+# What a bundle may call: it may come from anybody.
+CALLED = re.compile(r"text_encoder(_\d)?|unet|transformer|vae\.(encode|decode)")
 TENSOR, TUPLE = "__tensor__", "__tuple__"
 
 
@@ -38,6 +41,7 @@ class Incident:
         scheduler: Class name and configuration.
         emulation: As `find_settings` gives it, or None.
         call: The component call that broke, on the CPU; None if every component was finite.
+        lost: Arguments of the pipeline call that could not be kept, such as a callback.
     """
 
     run: dict
@@ -45,9 +49,10 @@ class Incident:
     scheduler: dict
     emulation: dict | None
     call: ComponentCall | None
+    lost: tuple[str, ...] = ()
 
 
-def save_incident(folder, *, run, image, pipe, call) -> Path:
+def save_incident(folder, *, run, image, pipe, call, call_kwargs=None) -> Path:
     """Writes an incident bundle, whole or not at all, over one of that name.
 
     Args:
@@ -56,6 +61,7 @@ def save_incident(folder, *, run, image, pipe, call) -> Path:
         image: The ImageRecord of the invalid image.
         pipe: The pipeline, for its scheduler.
         call: The ComponentCall that broke, or None.
+        call_kwargs: Arguments of the pipeline call; those that JSON cannot hold are named as lost.
 
     Returns:
         The folder.
@@ -78,6 +84,7 @@ def save_incident(folder, *, run, image, pipe, call) -> Path:
             "config": plain(dict(pipe.scheduler.config)),
         },
         "emulation": find_settings(),
+        "lost": find_lost(call_kwargs),
         "call": call
         and {
             "component": call.component,
@@ -120,7 +127,9 @@ def load_incident(folder) -> Incident:
                 f"{folder}: version {content['version']}, expected {INCIDENT_VERSION}. "
                 "Read it with the sdkit that wrote it."
             )
+        check_content(content, folder)
         return Incident(
+            lost=tuple(content["lost"]),
             run=content["run"],
             image=content["image"],
             scheduler=content["scheduler"],
@@ -141,6 +150,42 @@ def load_incident(folder) -> Incident:
         ) from error
 
 
+def check_content(content, folder):
+    """Raises for a bundle whose parts are not what they must be: it may come from anybody."""
+    kinds = {"run": dict, "image": dict, "scheduler": dict, "lost": list}
+    run_kinds = {"settings": dict, "dtypes": dict, "attention": list, "environment": dict}
+    wrong = [name for name, kind in kinds.items() if not isinstance(content[name], kind)]
+    wrong += [
+        f"run.{n}" for n, kind in run_kinds.items() if not isinstance(content["run"][n], kind)
+    ]
+    if not isinstance(content["image"]["prompt"], str) or "seed" not in content["image"]:
+        wrong.append("image")
+    if not isinstance(content["scheduler"]["config"], dict):
+        wrong.append("scheduler.config")
+    emulation, call = content["emulation"], content["call"]
+    if emulation is not None and (not isinstance(emulation, dict) or len(emulation) not in (0, 3)):
+        wrong.append("emulation")
+    if call is not None and not CALLED.fullmatch(str(call["component"])):
+        wrong.append("call.component")
+    if call is not None and not isinstance(content["image"]["finding"], dict):
+        wrong.append("image.finding")
+    if wrong:
+        raise ValidationError(f"{folder}: incomplete ({', '.join(wrong)}). Run it again.")
+
+
+def find_lost(call_kwargs) -> list[str]:
+    """Names of arguments that JSON cannot hold as they are."""
+
+    def is_kept(value):
+        if isinstance(value, (list, tuple)):
+            return all(map(is_kept, value))
+        if isinstance(value, dict):
+            return all(map(is_kept, value.values()))
+        return value is None or isinstance(value, (bool, int, float, str))
+
+    return [name for name, value in (call_kwargs or {}).items() if not is_kept(value)]
+
+
 def make_scheduler(incident: Incident):
     """The scheduler of the run, of diffusers' class by that name.
 
@@ -149,7 +194,7 @@ def make_scheduler(incident: Incident):
     """
     name = incident.scheduler.get("class")
     scheduler = getattr(diffusers, str(name), None)
-    if not hasattr(scheduler, "from_config"):
+    if not (isinstance(scheduler, type) and issubclass(scheduler, diffusers.SchedulerMixin)):
         raise ValidationError(
             f"scheduler: diffusers {diffusers.__version__} has no {name!r}. Install the version of "
             f"the incident ({incident.run.get('environment', {}).get('diffusers')})."

@@ -78,8 +78,8 @@ def computing_one(module, on_cpu):
         module.forward = compute
         yield
     finally:
-        del module.forward
-        if own is not None:
-            module.forward = own
         for tensor, data in kept.items():
             tensor.data = data
+        vars(module).pop("forward", None)
+        if own is not None:
+            module.forward = own
