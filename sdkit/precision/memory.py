@@ -6,16 +6,14 @@ and gives back before it returns, and what an allocator keeps.
 """
 
 from dataclasses import dataclass
-from types import SimpleNamespace
 
 import torch
 from diffusers import AutoencoderKL, UNet2DConditionModel
-from diffusers.models.attention_processor import AttnProcessor, SlicedAttnProcessor
 
 from sdkit.device import GIB
+from sdkit.loading import load_pipeline
 from sdkit.loading.checkpoint import find_checkpoint
-from sdkit.loading.dtype_policy import DTYPES, assign_dtypes, check_dtype, dtype_name
-from sdkit.loading.recipe import set_precision
+from sdkit.loading.dtype_policy import dtype_name
 from sdkit.loading.weights import count_weight_bytes
 from sdkit.memory import (
     ARCHITECTURES,
@@ -26,13 +24,14 @@ from sdkit.memory import (
 )
 from sdkit.memory.architectures import copy_onto_meta, is_traceable
 from sdkit.precision.machines import Verdict, judge
-from sdkit.slicing import use_sliced_attention
+from sdkit.precision.memory_case import (
+    MemoryCase,
+    apply_case,
+    check_case,
+    find_scale,
+    read_size,
+)
 from sdkit.validation import ValidationError
-
-ATTENTIONS = ("sdpa", "sliced", "diffusers-sliced", "plain")
-DEVICE_TYPES = ("mps", "cuda", "cpu")
-# Values that an optimiser keeps for each weight that it trains.
-STATES = {"adamw": 2, "adam": 2, "lion": 1, "sgd": 0}
 
 
 @dataclass(frozen=True)
@@ -163,48 +162,70 @@ def predict_memory(
         ValidationError: A model that is no Stable Diffusion 1.x, 2.x or XL, or an argument that
             makes no sense.
     """
-    _check_choice("attention", attention, ATTENTIONS)
-    _check_choice("device_type", device_type, DEVICE_TYPES)
-    if batch_size < 1 or batch_size != int(batch_size):
-        raise ValidationError(f"batch_size={batch_size!r}: expected a whole number from 1 on.")
-    name, components = open_shapes(model)
-    notices = _set_dtypes(components, dtype, recipe)
-    _set_attention(components, attention)
-    vae, unet = components.get("vae"), components.get("unet")
-    if vae_slicing or vae_tiling:
-        vae.use_slicing, vae.use_tiling = vae_slicing, vae_tiling
-    scale = 2 ** (len(vae.config.block_out_channels) - 1) if vae else 8
-    image_size = _read_size(image_size, unet, vae, scale)
+    case = check_case(
+        MemoryCase(
+            dtype, recipe, image_size, batch_size, training, attention, device_type,
+            vae_slicing, vae_tiling,
+        )
+    )  # fmt: skip
+    return count_memory(*open_shapes(model), case)
+
+
+def measure_memory(model, case):
+    """Does on real tensors, on the CPU, what `predict_memory` does without: for comparison.
+
+    Args:
+        model: As in `predict_memory`; known configurations get random weights.
+        case: A `MemoryCase`; attention is the CPU's whatever its `device_type`.
+
+    Returns:
+        A MemoryPrediction of what was alive; see `LiveBytes` for what that leaves out.
+    """
+    if model in ARCHITECTURES:
+        return count_memory(model, build_architecture(model, device="cpu"), check_case(case))
+    pipe, report = load_pipeline(model, backend="cpu", dtype="float32", progress=False)
+    return count_memory(report.resolved, _find_modules(pipe), check_case(case))
+
+
+def count_memory(name, components, case):
+    """Runs the stages of a case and counts; changes the components.
+
+    Args:
+        name: Of the model.
+        components: {name: module}, real or of the meta device.
+        case: A MemoryCase.
+
+    Returns:
+        A MemoryPrediction.
+    """
+    notices = apply_case(components, case)
+    image_size, scale = read_size(case.image_size, components), find_scale(components)
     options = {
         "latent_size": tuple(side // scale for side in image_size),
-        "batch_size": batch_size,
-        "device_type": device_type,
+        "batch_size": case.batch_size,
+        "device_type": case.device_type,
     }
-    frozen_bytes = sum(map(count_weight_bytes, components.values()))
-    if training is None:
-        task, trained_bytes, states = "inference", 0, 0
+    trained_bytes = 0
+    if case.training is None:
         stage_bytes = trace_inference(components, **options)
+    elif "unet" in components:
+        frozen_bytes = _count_bytes(components)
+        stage_bytes = trace_training(components, case.training, **options)
+        trained_bytes = _count_bytes(components) - frozen_bytes
     else:
-        if unet is None:
-            raise ValidationError(f"{name}: has no UNet to train.")
-        optimizer = getattr(training, "optimizer", "adamw").lower()
-        _check_choice("training.optimizer", optimizer, tuple(STATES))
-        stage_bytes, states = trace_training(components, training, **options), STATES[optimizer]
-        trained_bytes = sum(map(count_weight_bytes, components.values())) - frozen_bytes
-        checkpointing = ", gradient checkpointing" if training.gradient_checkpointing else ""
-        task = f"LoRA training, rank {training.rank}{checkpointing}"
+        raise ValidationError(f"{name}: has no UNet to train.")
     return MemoryPrediction(
-        task=task,
+        task=case.task,
         model=name,
         dtypes={part: dtype_name(_main_dtype(module)) for part, module in components.items()},
         image_size=image_size,
-        batch_size=batch_size,
-        attention=attention,
-        device_type=device_type,
+        batch_size=case.batch_size,
+        attention=case.attention,
+        device_type=case.device_type,
         weight_bytes={part: count_weight_bytes(module) for part, module in components.items()},
         stage_bytes=stage_bytes,
         gradient_bytes=trained_bytes,
-        optimizer_bytes=states * trained_bytes,
+        optimizer_bytes=case.states * trained_bytes,
         notices=tuple(notices),
     )
 
@@ -218,18 +239,18 @@ def open_shapes(model):
         name, components = type(model).__name__, {part: model} if part else {}
     elif hasattr(model, "components"):
         name = str(model.config.get("_name_or_path") or type(model).__name__)
-        components = {
-            part: module
-            for part, module in model.components.items()
-            if isinstance(module, torch.nn.Module)
-        }
+        components = _find_modules(model)
     else:
         checkpoint = find_checkpoint(model, local_files_only=True)
         components = read_architecture(checkpoint.config_folder, checkpoint.components)
-        _check_is_traceable(checkpoint.asked, components)
-        return checkpoint.resolved, components
+        return checkpoint.resolved, _check_is_traceable(checkpoint.asked, components)
     _check_is_traceable(name, components)
     return name, {part: copy_onto_meta(module) for part, module in components.items()}
+
+
+def _find_modules(pipe):
+    modules = pipe.components.items()
+    return {name: module for name, module in modules if isinstance(module, torch.nn.Module)}
 
 
 def _check_is_traceable(name, components):
@@ -239,57 +260,11 @@ def _check_is_traceable(name, components):
             f"{name}: {found}. Expected Stable Diffusion 1.x, 2.x or XL (UNet2DConditionModel and "
             f"AutoencoderKL), or one of {', '.join(ARCHITECTURES)}; others are not predicted."
         )
+    return components
 
 
-def _check_choice(argument, value, choices):
-    if value not in choices:
-        raise ValidationError(f"{argument}={value!r}: expected one of {', '.join(choices)}.")
-
-
-def _read_size(image_size, unet, vae, scale):
-    """(height, width) in pixels."""
-    if image_size is None:
-        own = unet.config.sample_size * scale if unet else vae.config.sample_size
-        return own, own
-    sides = (image_size, image_size) if isinstance(image_size, int) else tuple(image_size)
-    if len(sides) != 2 or any(side < scale or side % scale for side in sides):
-        raise ValidationError(
-            f"image_size={image_size!r}: expected a multiple of {scale} pixels, or two (height, "
-            "width)."
-        )
-    return sides
-
-
-def _set_dtypes(components, dtype, recipe):
-    """Casts modules without values, and says what the pipelines will cast themselves."""
-    if recipe is not None:
-        set_precision(SimpleNamespace(components=components), recipe.float32, DTYPES[recipe.dtype])
-        return []
-    if dtype is not None:
-        policy = ({"default": "float32"}, "")
-        dtypes, _ = assign_dtypes(check_dtype(dtype), tuple(components), policy)
-        for name, module in components.items():
-            torch.nn.Module.to(module, dtypes[name])  # diffusers' own warns of casts
-    vae = components.get("vae")
-    if "text_encoder_2" in components and vae.dtype is torch.float16 and vae.config.force_upcast:
-        torch.nn.Module.float(vae)
-        return ["vae: counted in float32, as SDXL's pipelines lift it for the call (force_upcast)"]
-    return []
-
-
-def _set_attention(components, attention):
-    if attention == "sdpa":
-        return
-    if attention == "sliced":
-        use_sliced_attention(SimpleNamespace(components=components))
-    elif attention == "plain":
-        for name in {"unet", "vae"} & set(components):
-            components[name].set_attn_processor(AttnProcessor())
-    elif "unet" in components:
-        # As load_pipeline does: half the heads of each layer, or one where one is all.
-        for module in components["unet"].modules():
-            if hasattr(module, "set_processor"):
-                module.set_processor(SlicedAttnProcessor(max(1, module.sliceable_head_dim // 2)))
+def _count_bytes(components):
+    return sum(map(count_weight_bytes, components.values()))
 
 
 def _main_dtype(module):
