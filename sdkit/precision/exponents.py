@@ -11,6 +11,7 @@ References:
 """
 
 import math
+from bisect import bisect_right
 from dataclasses import dataclass
 from functools import cache
 
@@ -19,9 +20,10 @@ import torch
 from sdkit.precision.streams import Layer, Streams
 
 FLOAT16_MAX = 65504.0
-SMALLEST_NORMAL_EXPONENT = -14  # float16's least normal number is 2^-14
+SMALLEST_NORMAL = 2.0**-14  # of float16
 MARGIN_BITS = 2  # activations stay below 65504 / 4: calibration saw a few prompts, not all
 SUBNORMAL_SHARE = 0.01
+UNBOUNDED = 2**10
 
 
 @dataclass(frozen=True)
@@ -109,14 +111,17 @@ def measure_room(weight: torch.Tensor, *, is_half=False) -> tuple[int, int]:
     Lowest: so that at most 1 % of the tensor becomes float16-subnormal that was not. Highest: so
     that nothing overflows in float16.
     """
-    nonzero = weight[weight != 0]
-    if not nonzero.numel():
-        return -(2**10), 2**10
-    exponents = torch.frexp(nonzero).exponent.to(torch.int64) - 1  # |w| in [2^e, 2^(e+1))
-    heights = exponents - SMALLEST_NORMAL_EXPONENT
-    counts = heights[heights >= 0].bincount(minlength=1).cumsum(0)  # [k]: subnormal at 2^-(k+1)
-    total = weight.numel() * (2 if is_half else 1)
-    fitting = int((counts <= SUBNORMAL_SHARE * total).sum())
-    lowest = -fitting if fitting < len(counts) else -(2**10)
-    highest = math.floor(math.log2(FLOAT16_MAX / float(nonzero.abs().max())))
-    return lowest, max(highest, 0)
+    magnitudes = weight.abs()
+    largest = float(magnitudes.max())
+    if not largest:
+        return -UNBOUNDED, UNBOUNDED
+    limit = SUBNORMAL_SHARE * weight.numel() * (2 if is_half else 1)
+    before = int((magnitudes < SMALLEST_NORMAL).count_nonzero())
+
+    def count_subnormal(bits):
+        return int((magnitudes < SMALLEST_NORMAL * 2.0**bits).count_nonzero()) - before
+
+    most = max(0, math.floor(math.log2(largest / SMALLEST_NORMAL))) + 1  # then all are subnormal
+    lowest = bisect_right(range(1, most + 1), limit, key=count_subnormal)
+    highest = math.floor(math.log2(FLOAT16_MAX / largest))
+    return -lowest if lowest < most else -UNBOUNDED, max(highest, 0)
