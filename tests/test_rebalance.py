@@ -173,7 +173,7 @@ def test_an_amplified_model_overflows_and_is_cured_exactly(model):
     cured_db = measure_psnr(cured, expected)
     print(f"float16 {healthy_db:.2f} dB, rebalanced {cured_db:.2f} dB")
     assert abs(cured_db - healthy_db) < 1.0
-    assert report.exponents and not report.left and not report.wanted and not report.not_measured
+    assert report.exponents and not report.left and not report.wanted and not report.on_synthetic
     assert all(-exponent <= moved < 0 for moved in report.exponents.values())
     assert "synthetic latents 16x16, seed 0" in str(report)
     assert RebalanceReport.from_json(report.to_json()) == report
@@ -233,12 +233,22 @@ def test_a_planted_overflow_is_cured_with_the_pipelines_headroom(case, tokenizer
     report = rebalance(component, headroom)
     assert report.exponents and not report.left
     if case.stage == "vae" and case.base is build_tiny_pipe:  # text to image does not encode
-        assert all("encoder" in stream for stream in report.not_measured if "residual" in stream)
-        assert report.not_measured
+        assert "residual encoder 0" in report.on_synthetic
+        assert not any("decoder" in stream for stream in report.on_synthetic)
     pipe.to(torch.float16)
     with float16_arithmetic(), guard(pipe) as found:
         pipe("a shoe", generator=torch.Generator().manual_seed(0), **pipe_kwargs)
     assert not list(found)
+
+
+def test_what_the_prompts_did_not_reach_is_measured_on_synthetic_latents(tokenizer_folder):
+    """Text to image does not encode; image to image must not fail for it."""
+    pipe = build_tiny_pipe(tokenizer_folder)
+    amplify(pipe.vae, EXPONENT)
+    report = rebalance(pipe.vae, measure_headroom(pipe, "a shoe", num_inference_steps=1))
+    assert report.measured_on == "1 prompt" and "residual encoder 3" in report.on_synthetic
+    assert "on synthetic" in str(report) and report.exponents["residual encoder 0"] < 0
+    assert all(map(is_finite, run_in_float16(pipe.vae)))
 
 
 def test_what_the_bounds_forbid_is_told(tokenizer_folder):

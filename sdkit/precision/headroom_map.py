@@ -70,7 +70,8 @@ def plot_panel(ax, stage, rows, names, bits):
         edgecolors="white", linewidth=0.4,
     )  # fmt: skip
     for row, column in np.argwhere(bits <= 0):
-        ax.plot(column + 0.5, row + 0.5, marker="x", color="white", markersize=4, mew=1.2)
+        colour = "white" if bits[row, column] < -1.5 else INK
+        ax.plot(column + 0.5, row + 0.5, marker="x", color=colour, markersize=4, mew=1.2)
     ax.invert_yaxis()
     ax.set_title(stage.replace("_", " "), color=INK)
     ax.set_xticks(np.arange(len(names)) + 0.5, names, rotation=90, fontsize=6)

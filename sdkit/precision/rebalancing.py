@@ -6,7 +6,7 @@ float32 outputs stay equal to the last bit; see `sdkit.precision.streams` for wh
 import json
 import math
 from collections import Counter
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import torch
@@ -53,7 +53,8 @@ class RebalanceReport:
         bounds: {stream: the weight that stopped it}, for the same streams: 1 % of it would have
             become float16-subnormal, or it would have overflowed.
         left: (module, op, largest |x| now, why it cannot be moved) of what still overflows.
-        not_measured: Streams of which the given headroom has no op; they were left alone.
+        on_synthetic: Streams of which the given headroom has no op, as a VAE's encoder where text
+            alone was given; their ranges are from synthetic latents.
         error_without_sidecar: Relative RMS error of the float32 output if the eps are not restored,
             as in a plain diffusers load; 0.0 if nothing was changed.
         notices: What else was changed or is worth knowing.
@@ -66,7 +67,7 @@ class RebalanceReport:
     wanted: dict[str, int]
     bounds: dict[str, str]
     left: tuple[tuple[str, str, float, str], ...]
-    not_measured: tuple[str, ...]
+    on_synthetic: tuple[str, ...]
     error_without_sidecar: float
     notices: tuple[str, ...] = ()
 
@@ -83,7 +84,7 @@ class RebalanceReport:
     def from_json(cls, text) -> "RebalanceReport":
         """Returns the report that `to_json` wrote."""
         fields = json.loads(text)
-        tuples = {name: tuple(fields[name]) for name in ("not_measured", "notices")}
+        tuples = {name: tuple(fields[name]) for name in ("on_synthetic", "notices")}
         return cls(**fields | tuples | {"left": tuple(map(tuple, fields["left"]))})
 
     def __str__(self):
@@ -98,9 +99,9 @@ class RebalanceReport:
             ("left", f"{module} ({op}): |x| up to {largest:.4g}; {why}")
             for module, op, largest, why in self.left
         ]
-        if self.not_measured:
-            names = ", ".join(self.not_measured[:3])
-            rows += [("not measured", f"{len(self.not_measured)} streams: {names} ...")]
+        if self.on_synthetic:
+            streams = f"{len(self.on_synthetic)} streams, {self.on_synthetic[0]} the first"
+            rows += [("on synthetic", f"{streams}: {self.measured_on} did not reach them")]
         if self.exponents:
             error = f"relative error {self.error_without_sidecar:.2g} in float32"
             rows += [("without sidecar", f"{error}, as after a plain diffusers load")]
@@ -145,6 +146,10 @@ def rebalance(model, headroom: Headroom | None = None, *, seed=0) -> RebalanceRe
     if headroom is None:
         headroom = measure_calls(model, root, calls, seed)
     largest = find_largest(headroom, streams, root)
+    unseen = tuple(name for name in streams.names if name not in largest)
+    if unseen:
+        headroom = complete(headroom, measure_calls(model, root, calls, seed))
+        largest = find_largest(headroom, streams, root)
     choice = choose_exponents(model, streams, find_needs(largest))
     before = run_calls(calls) if choice.exponents else []
     apply_exponents(model, streams, choice.exponents)
@@ -158,7 +163,7 @@ def rebalance(model, headroom: Headroom | None = None, *, seed=0) -> RebalanceRe
         wanted=choice.wanted,
         bounds=choice.bounds,
         left=left,
-        not_measured=tuple(name for name in streams.names if name not in largest),
+        on_synthetic=unseen,
         error_without_sidecar=error,
         notices=tuple(settle_upcast(model, is_changed=bool(choice.exponents), left=left)),
     )
@@ -198,7 +203,7 @@ def amplify(model, exponent: int) -> RebalanceReport:
         wanted={},
         bounds={},
         left=(),
-        not_measured=(),
+        on_synthetic=(),
         error_without_sidecar=measure_error_without_sidecar(model, calls, before),
     )
 
@@ -331,6 +336,13 @@ def measure_calls(model, root, calls, seed) -> Headroom:
         seed=seed,
         source=f"synthetic latents {LATENT_PIXELS}x{LATENT_PIXELS}, seed {seed}",
     )
+
+
+def complete(headroom: Headroom, synthetic: Headroom) -> Headroom:
+    """A headroom with the modules that its run did not reach."""
+    reached = {op.module for op in headroom.ops}
+    added = tuple(op for op in synthetic.ops if op.module not in reached)
+    return replace(headroom, ops=headroom.ops + added)
 
 
 def run_calls(calls) -> list[torch.Tensor]:
