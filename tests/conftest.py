@@ -3,6 +3,8 @@
 import os
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
+if "PYTEST_XDIST_WORKER" in os.environ:  # as many workers as cores: each takes one thread
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import pytest
 from tiny_pipelines import build_tiny_pipe, write_tokenizer
