@@ -8,7 +8,7 @@ import torch
 from PIL import Image
 
 from sdkit import generate, load_pipeline
-from sdkit.diagnosis.incident_replay import diagnose_incident
+from sdkit.diagnosis.incident_replay import diagnose_incident, load_pipe
 from sdkit.emulate import mps
 from sdkit.finding import NonFiniteError
 from sdkit.generation import incident as incident_module
@@ -78,6 +78,17 @@ def test_a_black_image_without_nan_has_a_bundle_too(tiny_pipe, tmp_path):
     with pytest.raises(ValidationError, match="black"):
         generate(tiny_pipe, "a shoe", output_folder=tmp_path, **FAST)
     assert load_incident(tmp_path / "incident_000").call is None
+
+
+@pytest.mark.parametrize("attention", ["sliced", "diffusers-sliced", "sdpa"])
+def test_a_run_is_replayed_with_its_own_attention(tiny_folder, tmp_path, attention):
+    pipe, _ = load_pipeline(tiny_folder, backend="cpu", attention=attention, progress=False)
+    pipe.unet.conv_out.register_forward_hook(lambda *call: call[2].fill_(float("nan")))
+    with pytest.raises(NonFiniteError):
+        generate(pipe, "a shoe", output_folder=tmp_path, **FAST)
+    replayed = load_pipe(load_incident(tmp_path / "incident_000"), tiny_folder, "cpu")
+    kinds = [{type(p) for p in p.unet.attn_processors.values()} for p in (pipe, replayed)]
+    assert kinds[0] == kinds[1]
 
 
 def test_the_next_run_into_the_folder_takes_the_bundles_away(sliced_pipe, tmp_path):

@@ -22,7 +22,11 @@ from sdkit.guarding import unguarded
 from sdkit.loading import load_pipeline
 from sdkit.validation import ValidationError
 
-SLICED = ("SlicedAttnProcessor", "SlicedAttnAddedKVProcessor")
+ATTENTION_OF = {  # what load_pipeline calls what a record names
+    "SlicedAttnProcessor": "diffusers-sliced",
+    "SlicedAttnAddedKVProcessor": "diffusers-sliced",
+    "SafeSlicedAttnProcessor": "sliced",
+}
 
 
 def diagnose_incident(folder, *, model=None, backend="auto", prove=False) -> Diagnosis:
@@ -66,7 +70,7 @@ def load_pipe(incident, model, backend):
             model or run["model"],
             backend="cpu" if incident.emulation is not None else backend,
             dtype=dict(run["dtypes"]),
-            attention="diffusers-sliced" if set(run["attention"]) & set(SLICED) else "sdpa",
+            attention=next(filter(None, map(ATTENTION_OF.get, run["attention"])), "sdpa"),
             progress=False,
         )
     pipe.scheduler = make_scheduler(incident)
