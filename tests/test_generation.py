@@ -432,7 +432,7 @@ def test_the_progress_bar_counts_images(tiny_pipe, capsys):
         ({"image": Image.new("RGB", (64, 64)), "strength": 0.1}, "strength: 0.1 of 2 steps"),
         *(({name: None}, f"{name}: generate") for name in RESERVED if name not in TAKEN),
     ],
-    ids=str,
+    ids=lambda value: ", ".join(value) if isinstance(value, dict) else None,
 )  # fmt: skip
 def test_bad_input_is_refused_before_anything_happens(tiny_pipe, tmp_path, arguments, message):
     def fail(*_):
