@@ -302,3 +302,14 @@ def test_a_users_generator_and_output_type_are_heeded(tiny_pipe):
 def test_numbers_that_cannot_be_are_one_clear_error(tiny_pipe, wrong):
     with pytest.raises(ValidationError, match=next(iter(wrong))):
         diagnose(tiny_pipe, "a", **{**FAST, **wrong})
+
+
+def test_a_masked_row_is_proved_under_inference_mode_too(tiny_pipe):
+    def hide_all(scores):
+        return (scores.softmax(-1) * 0 + 1).masked_fill(scores == scores, -float("inf")).softmax(-1)
+
+    conv = tiny_pipe.unet.get_submodule("mid_block.resnets.0.conv1")
+    conv.register_forward_hook(lambda module, args, output: output + hide_all(output))
+    with torch.inference_mode():
+        diagnosis = diagnose(tiny_pipe, "a", prove=True, **FAST)
+    assert (diagnosis.cause, diagnosis.proven) == ("masked-softmax", True)

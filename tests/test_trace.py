@@ -133,3 +133,14 @@ def test_everything_is_undone_when_the_model_raises():
         find_first_bad_op(lambda: model(torch.ones(2, 4)), {"unet": model})
     assert not model._forward_hooks and not model.linear._forward_hooks
     assert torch.utils._python_dispatch._get_current_dispatch_mode() is None
+
+
+def test_memory_that_was_given_back_is_not_taken_for_another():
+    def recycle(x):
+        buffers = [torch.empty(4) for _ in range(50)]
+        del buffers
+        return x + torch.tensor([NAN] * 4)
+
+    found = trace(recycle)
+    assert not any("uninitialised" in summary.note for summary in found.inputs)
+    assert find_cause(found).name == "bad-input"

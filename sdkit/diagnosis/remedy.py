@@ -16,7 +16,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from sdkit.diagnosis.diagnosis import Diagnosis
 from sdkit.diagnosis.experiments import SOFTMAX_OPS
 from sdkit.emulate.memory import is_allocating
-from sdkit.emulate.mode import suspended
+from sdkit.emulate.mode import is_composite, suspended
 from sdkit.finding import find_tensors
 from sdkit.guarding import find_components
 from sdkit.loading.border_casts import MARK, install_border_casts, remove_border_casts
@@ -240,6 +240,9 @@ class ZeroedMemory(TorchDispatchMode):
     """Fresh memory holds zeros, whatever the backend hands out."""
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if is_composite(func):  # under inference_mode these arrive whole
+            with self:
+                return func.decompose(*args, **(kwargs or {}))
         result = func(*args, **(kwargs or {}))
         if is_allocating(func):
             with suspended():
@@ -252,6 +255,9 @@ class ZeroMaskedRows(TorchDispatchMode):
     """Softmax of a row of -inf alone is zero: such a query attends to nothing."""
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if is_composite(func):  # under inference_mode these arrive whole
+            with self:
+                return func.decompose(*args, **(kwargs or {}))
         result = func(*args, **(kwargs or {}))
         if func._schema.name.partition("::")[2] not in SOFTMAX_OPS:
             return result

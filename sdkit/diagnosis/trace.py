@@ -22,6 +22,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import torch
+from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from sdkit.diagnosis.experiments import SOFTMAX_OPS, measure_flushed
@@ -97,6 +98,7 @@ class OpTrace(TorchDispatchMode):
         self.undefined = {}  # {storage: op that gave it out}
         self.suspects = {}  # {storage that holds an Inf: the BadOp that made the Inf}
         self.weights = {}  # {storage: name}
+        self.held = []  # weak references: while one is held, no other storage gets that identity
 
     @contextmanager
     def installed(self):
@@ -134,6 +136,7 @@ class OpTrace(TorchDispatchMode):
         if traits.allocates:
             for tensor in call.output:
                 self.undefined[storage_of(tensor)] = str(call.func)
+                self.held.append(StorageWeakRef(tensor.untyped_storage()))
                 if self.memory:
                     tensor.fill_(FILLS[self.memory])
             return
@@ -166,6 +169,7 @@ class OpTrace(TorchDispatchMode):
             made_by = self._describe(call, weights, () if weights else arrived)
         for tensor in bad_outputs:
             self.suspects[storage_of(tensor)] = made_by
+            self.held.append(StorageWeakRef(tensor.untyped_storage()))
         self.latest_suspect = made_by
         if weights or (has_nan and not is_constant(call.named)):
             self._accuse(made_by)
