@@ -90,7 +90,7 @@ def test_the_reproduction_needs_only_torch(tiny_pipe, tmp_path, monkeypatch):
     with mps(memory="nan"):
         script = diagnose(tiny_pipe.to(torch.float16), "a shoe", **FAST).reproduction
     imports = [line for line in script.splitlines() if "import" in line]
-    assert imports == ["import sys", "import torch"]
+    assert imports == ["import copy, sys", "import torch"]
     monkeypatch.setattr("sys.argv", ["reproduction.py", "cpu"])
     with pytest.raises(SystemExit) as honest:
         exec(compile(script, "reproduction.py", "exec"), {})
@@ -313,3 +313,16 @@ def test_a_masked_row_is_proved_under_inference_mode_too(tiny_pipe):
     with torch.inference_mode():
         diagnosis = diagnose(tiny_pipe, "a", prove=True, **FAST)
     assert (diagnosis.cause, diagnosis.proven) == ("masked-softmax", True)
+
+
+def test_an_in_place_fault_has_its_reproduction(tiny_pipe):
+    def strike(func, args, kwargs, compute):
+        result = compute(func, args, kwargs)
+        return result.fill_(NAN) if result.shape[1:] == (64, 4, 4) else result
+
+    conv = tiny_pipe.unet.get_submodule("mid_block.resnets.0.conv1")
+    conv.register_forward_hook(lambda module, args, output: output.mul_(1.5))
+    with mps(faults=(Fault("mul_", ("aten.mul_",), (), "", strike),)):
+        diagnosis = diagnose(tiny_pipe, "a", **FAST)
+    assert (diagnosis.cause, diagnosis.module) == ("backend-fault", CONV)
+    assert "deepcopy" in diagnosis.reproduction

@@ -18,7 +18,7 @@ from sdkit.emulate.mode import suspended
 ATTENTION_ARGUMENTS = ("query", "key", "value", "attn_mask", "is_causal", "scale")
 REFERENCE_MARK = "# the same on the CPU, in float32"
 HEAD = '''"""{op}: NaN or Inf on {device}, none on the CPU.{emulated}"""
-import sys
+import copy, sys
 import torch
 
 device = sys.argv[1] if len(sys.argv) > 1 else "{device}"
@@ -34,7 +34,7 @@ arguments = {{
 '''
 TAIL = """}}
 op = torch.{call}
-result = op(**arguments{options})
+result = op(**copy.deepcopy(arguments){options})  # it may write into them
 {mark}
 def on_cpu(value):
     value = value.cpu() if torch.is_tensor(value) else value
