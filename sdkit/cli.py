@@ -172,6 +172,8 @@ def diagnose(
     from sdkit.run_folder import replace_file
     from sdkit.validation import ValidationError
 
+    if incident and prompts:
+        _fail("--incident brings its own prompt: leave the other out.")
     try:
         if incident:
             found = diagnose_incident(incident, model=model, backend=backend, prove=prove)
@@ -181,14 +183,17 @@ def diagnose(
                 memory=memory, faults=emulate, seed=seed, prove=prove,
                 num_inference_steps=steps, guidance_scale=guidance,
             )  # fmt: skip
-        if reproduction and found.reproduction:
-            with replace_file(reproduction) as temporary:
-                temporary.write_text(found.reproduction)
     except (ValidationError, OSError) as error:
         _fail(error)
     typer.echo(found.to_json() if as_json else str(found))
     if reproduction and not found.reproduction:
         typer.echo(f"{reproduction}: not written, this cause needs none", err=True)
+    elif reproduction:
+        try:
+            with replace_file(reproduction) as temporary:
+                temporary.write_text(found.reproduction)
+        except OSError as error:
+            _fail(f"{reproduction}: cannot be written ({error.strerror}).")
     raise typer.Exit(0 if found.is_healthy else BAD)
 
 

@@ -145,6 +145,7 @@ def test_diagnose_exits_with_0_where_nothing_is_broken(tiny_folder):
         (["--emulate", "nobody"], "fault: got 'nobody'"),
         (["--model", "nowhere"], "nowhere"),
         (["--incident", "nowhere"], "nowhere"),
+        (["a prompt", "--incident", "nowhere"], "brings its own prompt"),
         (["--dtype", "float12"], "float12"),
     ],
 )
