@@ -138,4 +138,4 @@ def plot_before_after(before: Rung, after: Rung | None):
             images.append(image)
             titles.append(rung.name)
             problems.append("NaN" if image is None else judge_image(image).problem)
-    return plot_images(images, titles, problems=problems, columns=before.count)
+    return plot_images(images, titles, problems=problems, columns=max(2, before.count))
