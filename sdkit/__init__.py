@@ -26,6 +26,8 @@ EXPORTS = {
     "rebalance": "sdkit.precision",
     "amplify": "sdkit.precision",
     "predict_memory": "sdkit.precision",
+    "LoRAConfig": "sdkit.finetuning",
+    "train_lora": "sdkit.finetuning",
 }
 __all__ = [*EXPORTS, "__version__"]
 

@@ -17,6 +17,7 @@ PROMISED = {
     "load_pipeline", "LoadReport", "generate", "RunRecord", "guard", "check_finite", "check_image",
     "check_image_file", "validate_image_array", "ValidationError", "describe_environment",
     "run_probes", "measure_headroom", "rebalance", "amplify", "predict_memory",
+    "LoRAConfig", "train_lora",
 }  # fmt: skip
 TOP_LEVEL = {
     "notebooks", "sdkit", "tests", "figures", "environment.yml", "README.md", "pyproject.toml",
@@ -59,7 +60,7 @@ def test_every_dependency_is_used():
     source = "\n".join(
         p.read_text() for p in [*ROOT.glob("sdkit/**/*.py"), *ROOT.glob("notebooks/*.ipynb")]
     )
-    imported_as = {"pillow": "PIL", "scikit-image": "skimage"}
+    imported_as = {"pillow": "PIL", "scikit-image": "skimage", "pyyaml": "yaml"}
     # JupyterLab and its kernel are run, not imported; accelerate is used by diffusers to load and
     # peft by diffusers for LoRA.
     run_not_imported = {"jupyterlab", "ipykernel", "ipywidgets", "accelerate", "peft"}

@@ -1,0 +1,18 @@
+"""LoRA training that learns, resumes exactly and saves no NaN; names are resolved when first used."""
+
+import importlib
+
+EXPORTS = {
+    "LoRAConfig": "sdkit.finetuning.config",
+    "StepRecord": "sdkit.finetuning.training",
+    "TrainReport": "sdkit.finetuning.report",
+    "train_lora": "sdkit.finetuning.training",
+    "load_adapter": "sdkit.finetuning.adapter_file",
+}
+__all__ = list(EXPORTS)
+
+
+def __getattr__(name: str):
+    if name not in EXPORTS:
+        raise AttributeError(f"module 'sdkit.finetuning' has no attribute {name!r}")
+    return getattr(importlib.import_module(EXPORTS[name]), name)

@@ -1,0 +1,100 @@
+"""The objective: noise is added to latents, and the UNet is asked for what was added.
+
+Everything here is a function of tensors. `NoiseSchedule` is diffusers' own DDPM scheduler.
+"""
+
+# B batch, C channels, h w latent, L tokens, D width
+
+import torch
+from diffusers import DDPMScheduler
+
+from sdkit.validation import ValidationError
+
+PREDICTION_TYPES = ("epsilon", "v_prediction")
+
+
+def make_noise_scheduler(pipe) -> DDPMScheduler:
+    """Returns the schedule that the pipeline's model was trained with, whatever it samples with.
+
+    Raises:
+        ValidationError: The model predicts neither noise (epsilon) nor velocity (v_prediction).
+    """
+    noise_scheduler = DDPMScheduler.from_config(pipe.scheduler.config)
+    prediction_type = noise_scheduler.config.prediction_type
+    if prediction_type not in PREDICTION_TYPES:
+        raise ValidationError(
+            f"scheduler: prediction_type={prediction_type!r}. Expected one of "
+            f"{', '.join(PREDICTION_TYPES)}."
+        )
+    return noise_scheduler
+
+
+def add_noise(noise_scheduler, latents, noise, timesteps):
+    """Returns noisy latents and what the model shall predict from them.
+
+    Args:
+        noise_scheduler: From `make_noise_scheduler`.
+        latents: (B, C, h, w), scaled.
+        noise: (B, C, h, w).
+        timesteps: (B,), long.
+
+    Returns:
+        The noisy latents and the target, both (B, C, h, w).
+    """
+    noisy_latents = noise_scheduler.add_noise(latents, noise, timesteps)
+    if noise_scheduler.config.prediction_type == "epsilon":
+        return noisy_latents, noise
+    return noisy_latents, noise_scheduler.get_velocity(latents, noise, timesteps)
+
+
+def weigh_timesteps(noise_scheduler, timesteps, snr_gamma):
+    """Returns the weight of each sample's loss: 1, or Min-SNR's.
+
+    Where the signal is zero (a schedule of zero terminal SNR) the weight is the limit, so it is
+    finite everywhere: 1 for epsilon, 0 for v_prediction.
+
+    Args:
+        noise_scheduler: From `make_noise_scheduler`.
+        timesteps: (B,), long.
+        snr_gamma: Gamma, or None.
+
+    Returns:
+        (B,), float32.
+
+    References:
+        Hang et al. 2023, arXiv 2303.09556: min(SNR, gamma) on the loss of x0, which is SNR times
+        smaller than that of epsilon and (SNR + 1) times smaller than that of v.
+    """
+    if snr_gamma is None:
+        return torch.ones(len(timesteps), device=timesteps.device)
+    signal = noise_scheduler.alphas_cumprod.to(timesteps.device, torch.float32)[timesteps]
+    # SNR = signal / (1 - signal), multiplied through so that nothing is divided by zero.
+    noise = 1 - signal
+    clipped = torch.minimum(signal, snr_gamma * noise)  # min(SNR, gamma) * noise
+    if noise_scheduler.config.prediction_type == "v_prediction":
+        return clipped  # / (SNR + 1), and noise * (SNR + 1) is 1
+    return torch.where(signal > 0, clipped / signal, torch.ones_like(signal))
+
+
+def measure_losses(unet, noise_scheduler, batch, prompt_embeds, *, snr_gamma=None):
+    """Returns the loss of each sample.
+
+    A mean over a batch of any size is a mean of these: that is why a micro-batch changes nothing.
+
+    Args:
+        unet: The UNet, with its adapter.
+        noise_scheduler: From `make_noise_scheduler`.
+        batch: With `latents`, `noise` (B, C, h, w) and `timesteps` (B,).
+        prompt_embeds: (B, L, D).
+        snr_gamma: See `weigh_timesteps`.
+
+    Returns:
+        (B,), float32.
+    """
+    noisy_latents, target = add_noise(noise_scheduler, batch.latents, batch.noise, batch.timesteps)
+    noise_pred = unet(
+        noisy_latents.to(unet.dtype), batch.timesteps, prompt_embeds.to(unet.dtype),
+        return_dict=False,
+    )[0]  # (B, C, h, w)  # fmt: skip
+    errors = (noise_pred.float() - target.float()).square().mean(dim=(1, 2, 3))
+    return weigh_timesteps(noise_scheduler, batch.timesteps, snr_gamma) * errors
