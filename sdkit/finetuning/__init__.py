@@ -1,4 +1,4 @@
-"""LoRA training that learns, resumes exactly and saves no NaN; names are resolved when first used."""
+"""LoRA training that resumes exactly and saves no NaN; names are resolved when first used."""
 
 import importlib
 

@@ -6,15 +6,13 @@ from pathlib import Path
 import safetensors.torch
 import torch
 from diffusers.loaders.lora_base import LORA_ADAPTER_METADATA_KEY
-from diffusers.utils import convert_state_dict_to_kohya
 from safetensors import SafetensorError, safe_open
 
 from sdkit.device import describe_environment
 from sdkit.finetuning.adapter import ADAPTER_NAME, read_adapter
 from sdkit.finetuning.checkpoints import ADAPTER_FILE
 from sdkit.finetuning.gates import check_state
-from sdkit.run_folder import replace_file
-from sdkit.validation import ValidationError, is_finite
+from sdkit.validation import ValidationError
 
 CAPTION_EXAMPLES = 5
 BASE_SAMPLES = 64
@@ -105,7 +103,7 @@ def read_metadata(path) -> dict:
     Raises:
         ValidationError: It is no safetensors file.
     """
-    path = _find_file(path)
+    path = find_adapter_file(path)
     try:
         with safe_open(path, framework="pt") as file:
             metadata = file.metadata() or {}
@@ -134,7 +132,7 @@ def load_adapter(pipe, path, *, any_base=False):
     Raises:
         ValidationError: It was made for another base model.
     """
-    path = _find_file(path)
+    path = find_adapter_file(path)
     metadata = read_metadata(path)
     base = metadata.get("base_model", "an unknown model")
     _check_shapes(pipe, path, base)
@@ -155,122 +153,25 @@ def load_adapter(pipe, path, *, any_base=False):
 
 def _check_shapes(pipe, path, base):
     """Refuses an adapter whose layers this pipeline does not have, or has in another size."""
+    layers = {
+        f"{component}.{name.removeprefix('text_model.')}": layer
+        for component in ("unet", "text_encoder")
+        for name, layer in getattr(pipe, component).named_modules()
+    }
     for key, weight in safetensors.torch.load_file(path).items():
-        component, _, name = key.partition(".")
-        layer, _, part = name.partition(".lora_")
-        layer = layer.removeprefix("text_model.")
-        layers = dict(getattr(pipe, component, torch.nn.Module()).named_modules())
-        found = layers.get(layer, layers.get(f"text_model.{layer}"))
-        side = 1 if part.startswith("A") else 0
+        name, _, part = key.replace("text_encoder.text_model.", "text_encoder.").partition(".lora_")
+        if part not in ("A.weight", "B.weight"):
+            continue  # another layout, which diffusers converts
+        found, side = layers.get(name), 1 if part == "A.weight" else 0
         if found is None or found.weight.shape[side] != weight.shape[side]:
             seen = "no such layer" if found is None else f"a weight of {tuple(found.weight.shape)}"
             raise ValidationError(
-                f"{path}: was trained on {base}; for its {component}.{layer} this pipeline has "
-                f"{seen}. Load the model that it was trained on."
+                f"{path}: was trained on {base}; for its {name} this pipeline has {seen}. Load "
+                "the model that it was trained on."
             )
 
 
-def export_kohya(path, output_path) -> Path:
-    """Writes an adapter in the layout that kohya's scripts, A1111 and ComfyUI read.
-
-    diffusers' own conversion does it, but it writes the rank as alpha: an adapter of alpha 16 and
-    rank 8 would have half its effect. Guarded by test_kohya in tests/test_adapter.py.
-
-    Args:
-        path: The adapter's file, or the folder of a run.
-        output_path: The file to write.
-
-    Returns:
-        `output_path`.
-    """
-    path, output_path = _find_file(path), Path(output_path)
-    with safe_open(path, framework="pt") as file:
-        metadata = file.metadata() or {}
-    if LORA_ADAPTER_METADATA_KEY not in metadata:
-        raise ValidationError(
-            f"{path}: does not say its alpha. Expected a file that a training of sdkit wrote."
-        )
-    settings = json.loads(metadata[LORA_ADAPTER_METADATA_KEY])
-    weights = convert_state_dict_to_kohya(safetensors.torch.load_file(path))
-    alpha, rank = (
-        next(v for k, v in settings.items() if k.endswith(f".{name}"))
-        for name in ("lora_alpha", "r")
-    )
-    for key in weights:
-        if key.endswith(".alpha"):
-            weights[key] = torch.tensor(float(alpha))
-    # What kohya's tools show of a file, and the parts of ours.
-    weights = {
-        key.replace("lora_te1_", "lora_te_"): value.contiguous() for key, value in weights.items()
-    }
-    about = {
-        "ss_network_module": "networks.lora",
-        "ss_network_dim": str(rank),
-        "ss_network_alpha": str(alpha),
-    }
-    about |= {key: value for key, value in metadata.items() if key.startswith("sdkit.")}
-    content = safetensors.torch.save(weights, metadata=about)
-    with replace_file(output_path) as temporary:
-        temporary.write_bytes(content)
-    return output_path
-
-
-def merge_adapter(pipe, *, scale=1.0):
-    """Adds the loaded adapter to the weights themselves, which then take no time of their own.
-
-    Args:
-        pipe: A pipeline with an adapter, changed in place.
-        scale: How much of it.
-
-    Returns:
-        The pipeline.
-
-    Raises:
-        ValidationError: A merged weight would be NaN or Inf, as float16 can make it; nothing was
-            merged.
-    """
-    try:
-        pipe.fuse_lora(components=_find_adapted(pipe), lora_scale=scale, safe_fusing=True)
-    except ValueError as error:
-        pipe.unfuse_lora(components=_find_adapted(pipe))
-        raise ValidationError(
-            f"merge: {error} Expected finite weights. Merge in float32, or with a smaller scale."
-        ) from error
-    return _check_weights(pipe, "merge")
-
-
-def unmerge_adapter(pipe):
-    """Takes a merged adapter out again; the weights come back but for rounding.
-
-    Returns:
-        The pipeline.
-
-    Raises:
-        ValidationError: A weight is NaN or Inf afterwards.
-    """
-    pipe.unfuse_lora(components=_find_adapted(pipe))
-    return _check_weights(pipe, "unmerge")
-
-
-def _find_adapted(pipe):
-    return [
-        name
-        for name in ("unet", "text_encoder")
-        if getattr(getattr(pipe, name, None), "peft_config", None)
-    ]
-
-
-def _check_weights(pipe, where):
-    for name in _find_adapted(pipe):
-        for key, parameter in getattr(pipe, name).named_parameters():
-            if not is_finite(parameter):
-                raise ValidationError(
-                    f"{where}: {name}.{key} holds NaN or Inf. Expected finite weights. Load the "
-                    "pipeline again."
-                )
-    return pipe
-
-
-def _find_file(path):
+def find_adapter_file(path) -> Path:
+    """Returns the adapter's file of a path to it or to the folder of a run."""
     path = Path(path)
     return path / ADAPTER_FILE if path.is_dir() else path

@@ -2,10 +2,9 @@
 
 from pathlib import Path
 
+from sdkit.finetuning.config import LoRAConfig
 from sdkit.finetuning.dataset import ImageCaptionDataset
 from sdkit.finetuning.encoding import encode_dataset
-
-from sdkit.finetuning.config import LoRAConfig
 
 
 def load_data(pipe, config: LoRAConfig, accelerator, progress):

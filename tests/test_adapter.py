@@ -1,0 +1,199 @@
+"""The adapter and its file: frozen base, same start everywhere, loads with diffusers and kohya."""
+
+import json
+
+import pytest
+import safetensors.torch
+import torch
+from safetensors import safe_open
+from tiny_pipelines import build_tiny_pipe, build_tiny_xl_pipe
+from tiny_training import make_config, make_encoded
+
+from sdkit.finetuning.adapter import add_adapter, read_adapter, write_adapter
+from sdkit.finetuning.adapter_file import (
+    describe_training,
+    load_adapter,
+    pack_adapter,
+    read_metadata,
+    unpack_adapter,
+)
+from sdkit.finetuning.kohya import export_kohya
+from sdkit.finetuning.merging import merge_adapter, unmerge_adapter
+from sdkit.validation import ValidationError
+
+ALL = ("attention", "feed_forward", "convolution", "text_encoder")
+
+
+def run_model(pipe):
+    """Text encoder and UNet on fixed inputs."""
+    generator = torch.Generator().manual_seed(0)
+    latents = torch.randn(2, 4, 8, 8, generator=generator)
+    input_ids = torch.randint(0, 40, (2, 77), generator=generator)
+    with torch.no_grad():
+        prompt_embeds = pipe.text_encoder(input_ids)[0]
+        return prompt_embeds, pipe.unet(latents, 500, prompt_embeds)[0]
+
+
+def measure_distance(one, other):
+    return max(float((a - b).abs().max()) for a, b in zip(one, other, strict=True))
+
+
+def make_trained(pipe, folder, **changes):
+    """Gives a pipeline an adapter that does something, and writes its file."""
+    config = make_config(folder, **changes)
+    metadata = describe_training(pipe, config, make_encoded(pipe))
+    for parameter in add_adapter(pipe, config).values():
+        parameter.data += 0.05 * torch.randn(
+            parameter.shape, generator=torch.Generator().manual_seed(1)
+        )
+    path = folder / "pytorch_lora_weights.safetensors"
+    path.write_bytes(pack_adapter(pipe, metadata))
+    return path
+
+
+def test_the_base_is_frozen_and_the_first_output_is_its_own(tiny_pipe, tmp_path):
+    before = run_model(tiny_pipe)
+    parameters = add_adapter(tiny_pipe, make_config(tmp_path, targets=ALL))
+    assert measure_distance(before, run_model(tiny_pipe)) == 0
+    trained = [
+        name
+        for component in (tiny_pipe.unet, tiny_pipe.text_encoder, tiny_pipe.vae)
+        for name, parameter in component.named_parameters()
+        if parameter.requires_grad
+    ]
+    assert len(trained) == len(parameters)
+    assert all(".lora_" in name for name in trained)
+
+
+def test_the_start_depends_on_the_seed_alone(tokenizer_folder, tmp_path):
+    starts = []
+    for seed, noise in ((1, 0), (1, 5), (2, 0)):
+        pipe = build_tiny_pipe(tokenizer_folder)
+        torch.manual_seed(noise)  # the global generator has no say
+        starts.append(add_adapter(pipe, make_config(tmp_path, seed=seed)))
+    name = next(name for name in starts[0] if ".lora_A." in name)
+    assert torch.equal(starts[0][name], starts[1][name])
+    assert not torch.equal(starts[0][name], starts[2][name])
+
+
+@pytest.mark.parametrize(
+    ("targets", "expected"),
+    [
+        ("attention", {"to_q", "to_k", "to_v", "0"}),
+        ("feed_forward", {"proj", "2"}),
+        ("text_encoder", {"q_proj", "k_proj", "v_proj", "out_proj"}),
+    ],
+)
+def test_targets(tiny_pipe, tmp_path, targets, expected):
+    parameters = add_adapter(tiny_pipe, make_config(tmp_path, targets=targets))
+    assert {name.split(".lora_")[0].split(".")[-1] for name in parameters} == expected
+
+
+def test_other_pipelines_are_refused(tokenizer_folder, tmp_path):
+    with pytest.raises(ValidationError, match="StableDiffusionXLPipeline: cannot be trained"):
+        add_adapter(build_tiny_xl_pipe(tokenizer_folder), make_config(tmp_path))
+
+
+@pytest.mark.parametrize("targets", [("attention",), ALL, ("convolution",), ("text_encoder",)])
+def test_the_file_loads_with_plain_diffusers(tokenizer_folder, tmp_path, targets):
+    pipe = build_tiny_pipe(tokenizer_folder)
+    base = run_model(pipe)
+    make_trained(pipe, tmp_path, targets=targets)
+    expected = run_model(pipe)
+    fresh = build_tiny_pipe(tokenizer_folder)
+    fresh.load_lora_weights(tmp_path)
+    assert measure_distance(run_model(fresh), expected) == 0
+    assert measure_distance(base, expected) > 1e-3
+
+
+@pytest.mark.parametrize("targets", [("attention",), ALL])
+def test_kohya(tokenizer_folder, tmp_path, targets):
+    pipe = build_tiny_pipe(tokenizer_folder)
+    path = make_trained(pipe, tmp_path, targets=targets)
+    exported = export_kohya(path, tmp_path / "kohya.safetensors")
+    weights = safetensors.torch.load_file(exported)
+    assert all(key.startswith(("lora_unet_", "lora_te_text_model_")) for key in weights)
+    assert {float(v) for k, v in weights.items() if k.endswith(".alpha")} == {16.0}  # not the rank
+    fresh = build_tiny_pipe(tokenizer_folder)
+    fresh.load_lora_weights(tmp_path, weight_name="kohya.safetensors")
+    assert measure_distance(run_model(fresh), run_model(pipe)) == 0
+
+
+def test_kohya_wants_to_know_alpha(tmp_path):
+    path = tmp_path / "other.safetensors"
+    safetensors.torch.save_file({"unet.a.lora_A.weight": torch.ones(1)}, path)
+    with pytest.raises(ValidationError, match="does not say its alpha"):
+        export_kohya(path, tmp_path / "kohya.safetensors")
+
+
+def test_metadata(tiny_pipe, tmp_path):
+    path = make_trained(tiny_pipe, tmp_path, rank=4)
+    metadata = read_metadata(path)
+    assert metadata["config"]["rank"] == 4
+    assert metadata["dataset"] == {"fingerprint": "tiny-24-0", "images": 24}
+    assert metadata["versions"]["torch"] == torch.__version__
+    assert "red boots" in metadata["caption_examples"]
+    with safe_open(path, framework="pt") as file:
+        assert str(tmp_path) not in json.dumps(file.metadata())  # no folder of anybody
+
+
+def test_weights_go_out_and_come_back(tokenizer_folder, tmp_path):
+    pipe, fresh = build_tiny_pipe(tokenizer_folder), build_tiny_pipe(tokenizer_folder)
+    path = make_trained(pipe, tmp_path, targets=ALL)
+    add_adapter(fresh, make_config(tmp_path, targets=ALL))
+    write_adapter(fresh, unpack_adapter(path.read_bytes()))
+    for component, state in read_adapter(pipe).items():
+        for name, value in read_adapter(fresh)[component].items():
+            assert torch.equal(value, state[name]), name
+
+
+def test_a_nan_is_never_packed(tiny_pipe, tmp_path):
+    parameters = add_adapter(tiny_pipe, make_config(tmp_path))
+    list(parameters.values())[3].data[0, 0] = float("nan")
+    with pytest.raises(ValidationError, match=r"adapter of the unet.*lora_B.*1 NaN"):
+        pack_adapter(tiny_pipe, {})
+
+
+def test_another_base_is_refused(tokenizer_folder, tmp_path):
+    path = make_trained(build_tiny_pipe(tokenizer_folder), tmp_path)
+    load_adapter(build_tiny_pipe(tokenizer_folder), tmp_path)  # its own is fine
+    half = build_tiny_pipe(tokenizer_folder)
+    half.unet.to(torch.bfloat16)
+    load_adapter(half, path)  # in another dtype too
+    other = build_tiny_pipe(tokenizer_folder, seed=1)
+    with pytest.raises(ValidationError, match="whose weights are not those of this pipeline"):
+        load_adapter(other, path)
+    assert not getattr(other.unet, "peft_config", None)
+    load_adapter(other, path, any_base=True)
+
+
+def test_another_architecture_is_refused_by_layer(tokenizer_folder, tmp_path):
+    path = make_trained(build_tiny_pipe(tokenizer_folder), tmp_path)
+    from sdkit.loading import load_pipeline
+
+    mini, _ = load_pipeline("mini", backend="cpu", progress=False)
+    with pytest.raises(ValidationError, match=r"was trained on .* this pipeline has a weight of"):
+        load_adapter(mini, path, any_base=True)
+
+
+def test_merge_and_unmerge(tokenizer_folder, tmp_path):
+    pipe = build_tiny_pipe(tokenizer_folder)
+    base = run_model(pipe)
+    load_adapter(pipe, make_trained(build_tiny_pipe(tokenizer_folder), tmp_path, targets=ALL))
+    adapted = run_model(pipe)
+    merge_adapter(pipe)
+    assert measure_distance(run_model(pipe), adapted) < 1e-4
+    unmerge_adapter(pipe)
+    pipe.unload_lora_weights()
+    assert measure_distance(run_model(pipe), base) < 1e-4
+
+
+def test_a_merge_that_overflows_is_refused(tokenizer_folder, tmp_path):
+    pipe = build_tiny_pipe(tokenizer_folder)
+    load_adapter(pipe, make_trained(build_tiny_pipe(tokenizer_folder), tmp_path))
+    pipe.unet.to(torch.float16)
+    before = [p.clone() for p in pipe.unet.parameters()]
+    with pytest.raises(ValidationError, match=r"merge: .*finite"):
+        merge_adapter(pipe, scale=1e9)
+    after = list(pipe.unet.parameters())
+    assert all(torch.equal(a, b) for a, b in zip(before, after, strict=True))

@@ -1,0 +1,66 @@
+"""Tiny trainings: encoded images of random latents for the tiny pipeline, and quick settings."""
+
+from dataclasses import dataclass
+
+import torch
+
+from sdkit.finetuning.config import LoRAConfig
+
+CAPTIONS = ("", "red boots", "blue shoes on grass", "white sneakers")
+
+
+@dataclass(frozen=True)
+class EncodedDataset:
+    names: tuple
+    captions: tuple
+    latent_mean: torch.Tensor
+    latent_std: torch.Tensor
+    flipped_mean: object
+    flipped_std: object
+    caption_index: torch.Tensor
+    prompt_embeds: torch.Tensor
+    input_ids: torch.Tensor
+    fingerprint: str
+    scaling_factor: float = 0.18215
+
+    def sample_latents(self, indices, generator, *, flip=None):
+        mean, std = self.latent_mean[indices], self.latent_std[indices]
+        noise = torch.randn(mean.shape, generator=generator)
+        return (mean + std * noise) * self.scaling_factor
+
+
+def make_encoded(pipe, count=24, *, seed=0, size=8):
+    """Images that share one pattern, so that there is something to learn."""
+    generator = torch.Generator().manual_seed(seed)
+    input_ids = pipe.tokenizer(
+        list(CAPTIONS), padding="max_length", truncation=True, return_tensors="pt"
+    ).input_ids
+    with torch.no_grad():
+        prompt_embeds = pipe.text_encoder(input_ids)[0]
+    pattern = torch.randn(1, 4, size, size, generator=torch.Generator().manual_seed(99))
+    mean = 4 * pattern + torch.randn(count, 4, size, size, generator=generator)
+    caption_index = torch.randint(1, len(CAPTIONS), (count,), generator=generator)
+    return EncodedDataset(
+        names=tuple(f"image_{i:03d}.png" for i in range(count)),
+        captions=tuple(CAPTIONS[i] for i in caption_index),
+        latent_mean=mean,
+        latent_std=torch.full_like(mean, 0.1),
+        flipped_mean=mean.flip(-1),
+        flipped_std=torch.full_like(mean, 0.1),
+        caption_index=caption_index,
+        prompt_embeds=prompt_embeds,
+        input_ids=input_ids,
+        fingerprint=f"tiny-{count}-{seed}",
+    )
+
+
+def make_data(pipe):
+    return make_encoded(pipe), make_encoded(pipe, 6, seed=1)
+
+
+def make_config(folder, **changes):
+    quick = {
+        "output_folder": folder, "backend": "cpu", "max_train_steps": 6, "learning_rate": 1e-3,
+        "lr_warmup_steps": 1, "validation_steps": 3, "checkpointing_steps": 2,
+    }  # fmt: skip
+    return LoRAConfig(**{**quick, **changes})
