@@ -26,6 +26,8 @@ EXPORTS = {
     "rebalance": "sdkit.precision",
     "amplify": "sdkit.precision",
     "predict_memory": "sdkit.precision",
+    "run_sweep": "sdkit.batch.sweep",
+    "load_results": "sdkit.batch.results",
     "LoRAConfig": "sdkit.finetuning",
     "train_lora": "sdkit.finetuning",
 }

@@ -98,7 +98,7 @@ def load_pipeline(
         ValidationError: What was asked for cannot be had; the message says why and what can.
     """
     started = time.perf_counter()
-    _check_attention(attention)
+    check_attention(attention)
     check_dtype(dtype)
     recipe = _read_recipe(recipe, dtype)
     device, device_reason = choose_device(backend)
@@ -185,13 +185,19 @@ def _read_recipe(recipe, dtype):
     return recipe if isinstance(recipe, Recipe) else Recipe.load(recipe)
 
 
-def _check_attention(attention):
+def check_attention(attention):
+    """Returns an `attention` argument unchanged if it may be one.
+
+    Raises:
+        ValidationError: An unknown name.
+    """
     if attention not in ATTENTIONS:
         raise ValidationError(
             f'attention={attention!r}: expected "sdpa" (fast and safe, the default), "sliced" '
             '(less memory, as safe) or "diffusers-sliced" (less memory; see '
             "notebooks/01_diagnose_black_images.ipynb for what it does on MPS)."
         )
+    return attention
 
 
 def _decide_dtypes(dtype, checkpoint, device, environment, available_gib, attention):

@@ -1,0 +1,234 @@
+"""One run: papermill in a folder of its own, which gets its place only when it is complete.
+
+    runs/<run id>/       done: notebook.ipynb, run.json and, below output/, what the notebook wrote
+    failed/<run id>/     as far as it came, with the error in run.json
+    attempts/<run id>.*  being made, or left by something that was killed: never taken for done
+
+An attempt has a name that no other has, so that even a kernel that nobody could stop writes where
+nobody looks.
+"""
+
+import json
+import logging
+import os
+import shutil
+import signal
+import threading
+import time
+import uuid
+from dataclasses import dataclass
+from pathlib import Path
+
+import nbformat
+import papermill
+from papermill.exceptions import PapermillExecutionError
+
+from sdkit.batch.kernels import make_manager_class, warm_zygote
+from sdkit.batch.lock import is_held
+from sdkit.batch.parameters import OUTPUT_NAME
+from sdkit.batch.reading import save_reading
+
+DONE, FAILED, DIED, TIMEOUT = "done", "failed", "kernel-died", "timeout"
+RUN_NAME, NOTEBOOK_NAME, PAGE_NAME = "run.json", "notebook.ipynb", "notebook.html"
+LOG_NAME = "kernel.log"
+RUNS, FAILURES, ATTEMPTS = "runs", "failed", "attempts"
+WATCH_SECONDS = 0.25
+START_SECONDS = 120  # for a kernel to answer, on a machine that is busy
+# A kernel that dies is told in the table, not between the progress bar's lines.
+logging.getLogger("papermill").addHandler(logging.NullHandler())
+
+
+class SweepGone(RuntimeError):
+    """The sweep that wanted this run is not there any more: nothing is to be kept of it."""
+
+
+@dataclass(frozen=True)
+class Task:
+    """Everything that a worker needs to know of a run.
+
+    Attributes:
+        run_id: Its id.
+        values: {name: value} for the notebook.
+        notebook_json: The notebook.
+        notebook_folder: Where it works.
+        takes_output: Whether the notebook is told where to write.
+        folder: The sweep's.
+        token: What the sweep holds its folder with.
+        timeout_seconds: For one attempt; None is no limit.
+        retries: Further attempts after one that failed.
+    """
+
+    run_id: str
+    values: dict
+    notebook_json: str
+    notebook_folder: str
+    takes_output: bool
+    folder: str
+    token: str
+    timeout_seconds: float | None
+    retries: int
+
+
+def execute_run(task):
+    """Executes a run until it is done or out of attempts, and returns its status.
+
+    Whoever of two comes second, after a scheduler has given the same run to two workers, finds the
+    place taken and drops what it made.
+
+    Raises:
+        SweepGone: The sweep ended meanwhile.
+    """
+    folder = Path(task.folder)
+    done = folder / RUNS / task.run_id
+    for number in range(1, task.retries + 2):
+        if done.is_dir():
+            return DONE
+        attempt = folder / ATTEMPTS / f"{task.run_id}.{uuid.uuid4().hex[:8]}"
+        attempt.mkdir(parents=True)
+        record = {"run_id": task.run_id, "attempts": number, **_attempt(task, attempt)}
+        if (attempt / NOTEBOOK_NAME).is_file():
+            save_reading(attempt / NOTEBOOK_NAME, attempt / PAGE_NAME)
+        (attempt / RUN_NAME).write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
+        if not is_held(folder, task.token):
+            raise SweepGone(f"{task.run_id}: the sweep that wanted it has ended.")
+        _put_in_place(attempt, folder, record["status"])
+        if record["status"] == DONE:
+            break
+    return record["status"]
+
+
+def _attempt(task, attempt):
+    """Executes the notebook once, and returns what happened as plain values."""
+    zygote = warm_zygote()
+    zygote.wait_until_ready()
+    manager_class, processes = make_manager_class(zygote, attempt / LOG_NAME)
+    values = dict(task.values)
+    if task.takes_output:
+        values[OUTPUT_NAME] = str(attempt / "output")
+    path, started, happened = attempt / NOTEBOOK_NAME, time.perf_counter(), {"status": DONE}
+    with _Watch(task, processes) as watch:
+        try:
+            papermill.execute_notebook(
+                nbformat.reads(task.notebook_json, as_version=4),
+                str(path),
+                parameters=values,
+                progress_bar=False,
+                kernel_manager_class=manager_class,
+                # Not cwd=: that would move this whole process, and other runs are in its threads.
+                resources={"metadata": {"path": task.notebook_folder}},
+                start_timeout=START_SECONDS,
+            )
+        except PapermillExecutionError as error:
+            happened = {
+                "status": FAILED,
+                "error": f"{error.ename}: {error.evalue}",
+                **_describe_cell(error.cell_index, error.source, task, values),
+            }
+        except Exception:  # nbclient says in many ways that its kernel is gone
+            if not processes or (watch.stopped is None and processes[-1].poll() is None):
+                raise  # not the kernel: a full disk, a fault of ours
+            happened = {
+                **_describe_death(processes[-1].wait(), watch.stopped, task),
+                **_find_running_cell(path, task, values),
+            }
+    seconds = time.perf_counter() - started
+    if watch.stopped == "gone" or not zygote.is_alive():
+        raise SweepGone(f"{task.run_id}: the sweep that wanted it has ended.")
+    log = attempt / LOG_NAME
+    if happened["status"] == DONE or (log.exists() and not log.stat().st_size):
+        log.unlink(missing_ok=True)
+    return {
+        **happened,
+        "seconds": seconds,
+        **_find_usage(processes[-1]),
+        "kernel": f"from nothing: {zygote.trouble}" if zygote.trouble else "forked",
+    }
+
+
+class _Watch:
+    """Context manager: a thread that ends the kernel when its time is up or the sweep is gone.
+
+    Attributes:
+        stopped: "timeout" or "gone" if it did, else None.
+    """
+
+    def __init__(self, task, processes):
+        self._task, self._processes = task, processes
+        self._over, self.stopped = threading.Event(), None
+        self._thread = threading.Thread(target=self._watch, daemon=True)
+
+    def __enter__(self):
+        self._thread.start()
+        return self
+
+    def __exit__(self, *error):
+        self._over.set()
+        self._thread.join()
+
+    def _watch(self):
+        limit = self._task.timeout_seconds
+        started = time.monotonic()
+        while not self._over.wait(WATCH_SECONDS):
+            if limit and time.monotonic() - started > limit:
+                self.stopped = "timeout"
+            elif not is_held(self._task.folder, self._task.token):
+                self.stopped = "gone"
+            if self.stopped and self._processes:
+                self._processes[-1].kill()
+                return
+
+
+def _find_usage(process):
+    """What a kernel took; one that was started from nothing does not tell."""
+    process.wait()
+    return getattr(process, "used", {})
+
+
+def _describe_death(exit_code, stopped, task):
+    if stopped:
+        message = f"stopped after {task.timeout_seconds:g} s, the limit"
+    elif exit_code == -signal.SIGKILL:
+        message = "the kernel was killed from outside, as the system does when memory runs out"
+    elif exit_code < 0:
+        message = f"the kernel crashed ({signal.Signals(-exit_code).name})"
+    else:
+        message = f"the kernel ended by itself (exit code {exit_code})"
+    return {"status": TIMEOUT if stopped else DIED, "error": message}
+
+
+def _find_running_cell(path, task, values):
+    """Which cell was being executed, from the notebook as papermill has saved it so far.
+
+    papermill calls a cell completed even if its kernel died in it: those after it are pending.
+    """
+    cells = nbformat.read(path, as_version=4).cells if path.is_file() else []
+    for index, cell in reversed(list(enumerate(cells))):
+        begun = cell.metadata.get("papermill", {}).get("status", "pending") != "pending"
+        if begun and cell.cell_type == "code":
+            return _describe_cell(index, cell.source, task, values)
+    return {}
+
+
+def _describe_cell(index, source, task, values):
+    """Counts as the source does, where papermill's own cell with the values is not."""
+    cells = json.loads(task.notebook_json)["cells"]
+    tagged = [i for i, cell in enumerate(cells) if "parameters" in cell["metadata"].get("tags", [])]
+    is_after = values and index > tagged[0]
+    return {"failed_cell": index - 1 if is_after else index, "failed_source": source}
+
+
+def _put_in_place(attempt, folder, status):
+    """Moves a complete attempt to where it belongs, whole; a run that is done stays done."""
+    place = folder / (RUNS if status == DONE else FAILURES) / attempt.name.partition(".")[0]
+    place.parent.mkdir(exist_ok=True)
+    failed = folder / FAILURES / place.name
+    if failed.is_dir():
+        old = attempt.with_name(f"{attempt.name}.old")
+        os.rename(failed, old)
+        shutil.rmtree(old, ignore_errors=True)
+    try:
+        os.rename(attempt, place)
+    except OSError:
+        if not place.is_dir():
+            raise
+        shutil.rmtree(attempt, ignore_errors=True)

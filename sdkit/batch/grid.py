@@ -1,0 +1,315 @@
+"""The grid: lists, ranges, zipped groups and excluded combinations, as a list of runs' values.
+
+A grid is YAML with these keys, each of which may be missing:
+
+    fixed:                       # the same in every run
+      backend: cpu
+    grid:                        # every combination of these
+      dtype: [float32, float16]
+      seed: {from: 0, to: 8, step: 4}
+      learning_rate: {from: 1e-5, to: 1e-3, count: 3, spacing: log}
+    zip:                         # these go together, value by value
+      - {rank: [4, 8], alpha: [4, 8]}
+    exclude:                     # combinations to leave out
+      - {dtype: float16, rank: 8}
+    max_runs: 500
+"""
+
+import itertools
+import math
+import re
+from dataclasses import dataclass, field
+from importlib import resources
+from pathlib import Path
+
+import yaml
+
+from sdkit.validation import ValidationError
+
+KEYS = ("fixed", "grid", "zip", "exclude", "max_runs")
+MAX_RUNS = 500
+SIGNIFICANT_DIGITS = 12  # of what a range computes: 0.3, not 0.30000000000000004
+
+
+@dataclass(frozen=True)
+class Grid:
+    """A grid that was read and is well-formed; nothing is known of its notebook yet.
+
+    Attributes:
+        name: Of the file, for messages.
+        fixed: {name: value} of every run.
+        axes: One tuple of choices each, a choice being {name: value, ...}; the first turns slowest.
+        exclude: {name: value, ...} each: a run with all of these is left out.
+        max_runs: More runs are refused.
+        lines: {name: line in the file}, where that is known.
+    """
+
+    name: str
+    fixed: dict
+    axes: tuple
+    exclude: tuple
+    max_runs: int = MAX_RUNS
+    lines: dict = field(default_factory=dict)
+
+    def where(self, name):
+        """Returns "grid.yaml, line 7" for a parameter, as far as it is known."""
+        line = self.lines.get(name)
+        return f"{self.name}, line {line}" if line else self.name
+
+    def expand(self):
+        """Returns the values of each run, {name: value} of fixed and varied ones, in grid order.
+
+        Raises:
+            ValidationError: Too many, none left, twice the same, or an exclusion of nothing.
+        """
+        count = math.prod(len(axis) for axis in self.axes)
+        if count > self.max_runs:
+            raise ValidationError(
+                f"{self.name}: {count} runs, expected at most {self.max_runs}. Leave values out, "
+                f"or write `max_runs: {count}` into the grid if you mean it."
+            )
+        combinations = [
+            {**self.fixed, **{name: value for choice in choices for name, value in choice.items()}}
+            for choices in itertools.product(*self.axes)
+        ]
+        for excluded in self.exclude:
+            if not any(_matches(run, excluded) for run in combinations):
+                raise ValidationError(
+                    f"{self.name}: exclude {excluded} meets no run. Expected values that the grid "
+                    "has, written as they are there."
+                )
+        runs = [run for run in combinations if not any(_matches(run, e) for e in self.exclude)]
+        if not runs:
+            raise ValidationError(
+                f"{self.name}: no run is left after `exclude`. Exclude fewer combinations."
+            )
+        return runs
+
+
+def read_grid(source):
+    """Reads a grid.
+
+    Args:
+        source: A YAML file, the name of a grid in `sdkit/grids/`, or a dict with the same keys.
+
+    Raises:
+        ValidationError: It is not there, no YAML, or no grid; the message names the line.
+    """
+    if isinstance(source, dict):
+        return _build_grid(source, "grid", {})
+    path = find_grid(source)
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ValidationError(f"{path}: cannot be read as a grid ({error}).") from error
+    content, lines = _parse(text, path.name)
+    return _build_grid(content, path.name, lines)
+
+
+def find_grid(source):
+    """Returns the path of a grid: a file, or one of the package by its name."""
+    if Path(source).is_file():
+        return Path(source)
+    bundled = Path(str(resources.files("sdkit") / "grids"))
+    path = bundled / f"{Path(source).name.removesuffix('.yaml')}.yaml"
+    if path.is_file() and len(Path(source).parts) == 1:
+        return path
+    names = ", ".join(sorted(found.stem for found in bundled.glob("*.yaml")))
+    raise ValidationError(f"{source}: no such file. Expected a grid in YAML, or one of {names}.")
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML 1.2's plain values: 1e-4 is a number, on and no are words, 2026-01-01 is a word."""
+
+    yaml_implicit_resolvers = {}
+
+
+for _tag, _pattern, _first in (
+    ("null", r"~|null|Null|NULL|", ["~", "n", "N", ""]),
+    ("bool", r"true|True|TRUE|false|False|FALSE", list("tTfF")),
+    ("int", r"[-+]?[0-9]+", list("-+0123456789")),
+    (
+        "float",
+        r"[-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?)([eE][-+]?[0-9]+)?|[-+]?\.(inf|Inf|INF)|\.(nan|NaN|NAN)",
+        list("-+0123456789."),
+    ),
+    ("merge", r"<<", ["<"]),
+):
+    _Loader.add_implicit_resolver(
+        f"tag:yaml.org,2002:{_tag}", re.compile(rf"^(?:{_pattern})$"), _first
+    )
+# SafeLoader reads 010 as eight and 1:30 as ninety; YAML 1.2 does not.
+_Loader.add_constructor("tag:yaml.org,2002:int", lambda _, node: int(node.value))
+_Loader.add_constructor(
+    "tag:yaml.org,2002:float",
+    lambda _, node: float(node.value.lower().replace(".inf", "inf").replace(".nan", "nan")),
+)
+
+
+def _parse(text, name):
+    """Returns the content, and at which line each key stands; a key that is there twice is refused.
+
+    YAML itself would take the last of two without a word.
+    """
+    try:
+        root = yaml.compose(text, _Loader)
+        lines = _find_lines(root, name)
+        return yaml.load(text, _Loader), lines
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        line = f", line {mark.line + 1}" if mark else ""
+        problem = getattr(error, "problem", None) or str(error).splitlines()[0]
+        raise ValidationError(f"{name}{line}: not valid YAML ({problem}).") from error
+
+
+def _find_lines(node, name):
+    lines = {}
+    if isinstance(node, yaml.SequenceNode):
+        for item in node.value:
+            lines.update(_find_lines(item, name))
+    elif isinstance(node, yaml.MappingNode):
+        keys = [key.value for key, _ in node.value]
+        for key, value in node.value:
+            line = key.start_mark.line + 1
+            if isinstance(key.value, str) and keys.count(key.value) > 1:
+                raise ValidationError(f"{name}, line {line}: {key.value} is there twice.")
+            below = _find_lines(value, name)
+            lines = {**below, **lines, key.value: line} if isinstance(key.value, str) else lines
+    return lines
+
+
+def _build_grid(content, name, lines):
+    if not isinstance(content, dict) or not content:
+        raise ValidationError(
+            f"{name}: an empty grid. Expected some of {', '.join(KEYS)}; sdkit/grids/ has examples."
+        )
+    unknown = [key for key in content if key not in KEYS]
+    if unknown:
+        line = f", line {lines[unknown[0]]}" if unknown[0] in lines else ""
+        raise ValidationError(
+            f"{name}{line}: {unknown[0]!r} is not known here. Expected {', '.join(KEYS)}; "
+            "parameters stand below fixed, grid or zip."
+        )
+    grid = Grid(name, {}, (), (), lines=lines)
+    fixed = _check_mapping(content.get("fixed"), "fixed", grid)
+    axes = [
+        tuple({key: value} for value in _read_values(value, key, grid))
+        for key, value in _check_mapping(content.get("grid"), "grid", grid).items()
+    ]
+    for group in _check_list(content.get("zip"), "zip", grid):
+        axes.append(_zip_group(_check_mapping(group, "zip", grid), grid))
+    names = [*fixed, *(key for axis in axes for key in axis[0])]
+    twice = [key for key in names if names.count(key) > 1]
+    if twice:
+        raise ValidationError(
+            f"{grid.where(twice[0])}: {twice[0]} is given twice. Expected it in one place of "
+            "fixed, grid and zip."
+        )
+    exclude = tuple(
+        _check_mapping(entry, "exclude", grid)
+        for entry in _check_list(content.get("exclude"), "exclude", grid)
+    )
+    for entry in exclude:
+        strange = [key for key in entry if key not in names]
+        if strange or not entry:
+            raise ValidationError(
+                f"{grid.where('exclude')}: exclude names {strange or 'nothing'}, expected "
+                f"parameters of this grid: {', '.join(names)}."
+            )
+    max_runs = content.get("max_runs", MAX_RUNS)
+    if type(max_runs) is not int or max_runs < 1:
+        raise ValidationError(f"{grid.where('max_runs')}: max_runs is {max_runs!r}, expected 1 up.")
+    return Grid(name, fixed, tuple(axes), exclude, max_runs, lines)
+
+
+def _check_mapping(value, key, grid):
+    if value is None:
+        return {}
+    if not isinstance(value, dict) or not all(isinstance(name, str) for name in value):
+        raise ValidationError(f"{grid.where(key)}: {key} is {value!r}, expected `name: value`.")
+    return value
+
+
+def _check_list(value, key, grid):
+    if value is None:
+        return []
+    if not isinstance(value, list):
+        raise ValidationError(f"{grid.where(key)}: {key} is {value!r}, expected a list of `- ...`.")
+    return value
+
+
+def _zip_group(group, grid):
+    values = {name: _read_values(value, name, grid) for name, value in group.items()}
+    lengths = {name: len(found) for name, found in values.items()}
+    if len(set(lengths.values())) != 1:
+        raise ValidationError(
+            f"{grid.where(next(iter(group), 'zip'))}: zipped values are {lengths} long, expected "
+            "as many of each."
+        )
+    return tuple(
+        dict(zip(values, each, strict=True)) for each in zip(*values.values(), strict=True)
+    )
+
+
+def _read_values(value, name, grid):
+    """Returns the values of one axis: those of a list, or those that a range means."""
+    if isinstance(value, dict) and {"from", "to"} <= set(value):
+        value = _read_range(value, name, grid)
+    if not isinstance(value, list) or not value:
+        raise ValidationError(
+            f"{grid.where(name)}: {name} is {value!r}, expected a list [...] with something in it, "
+            "or a range {from: 0, to: 8, step: 4}. One value for all runs stands below fixed."
+        )
+    if any(_are_equal(value[i], other) for i in range(len(value)) for other in value[:i]):
+        raise ValidationError(f"{grid.where(name)}: {name} has a value twice: {value}.")
+    return value
+
+
+def _read_range(value, name, grid):
+    """Returns the numbers from `from` to `to`, both included, by `step` or `count` of them."""
+    start, stop = value["from"], value["to"]
+    step, count, spacing = value.get("step"), value.get("count"), value.get("spacing", "linear")
+    numbers = [n for n in (start, stop, step, count) if n is not None]
+    problem = None
+    if not all(type(n) in (int, float) and math.isfinite(n) for n in numbers) or len(numbers) != 3:
+        problem = "numbers for from, to and either step or count"
+    elif set(value) - {"from", "to", "step", "count", "spacing"} or spacing not in (
+        "linear",
+        "log",
+    ):
+        problem = "from, to, step or count, and spacing: linear or log"
+    elif step is not None and (spacing == "log" or step == 0 or (stop - start) / step < 0):
+        problem = "a step that leads from one to the other; for spacing: log a count"
+    elif count is not None and (type(count) is not int or count < 2):
+        problem = "a count of 2 or more"
+    elif spacing == "log" and (start <= 0 or stop <= 0):
+        problem = "numbers above 0 for spacing: log"
+    if problem:
+        raise ValidationError(
+            f"{grid.where(name)}: the range {value} of {name}; expected {problem}."
+        )
+    if step is not None:
+        # The last one is there where it is met but for rounding.
+        count = math.floor((stop - start) / step + 1e-9) + 1
+    if count > 100 * MAX_RUNS:  # before they are all written down
+        raise ValidationError(
+            f"{grid.where(name)}: the range {value} of {name} has {count} values."
+        )
+    if step is not None:
+        numbers = [start + i * step for i in range(count)]
+    elif spacing == "log":
+        numbers = [start * (stop / start) ** (i / (count - 1)) for i in range(count)]
+    else:
+        numbers = [start + (stop - start) * i / (count - 1) for i in range(count)]
+    if step is not None and type(start) is int and type(step) is int:
+        return numbers
+    return [float(f"{number:.{SIGNIFICANT_DIGITS}g}") for number in numbers]
+
+
+def _matches(run, excluded):
+    return all(_are_equal(run[name], value) for name, value in excluded.items())
+
+
+def _are_equal(a, b):
+    """As ==, but true is not 1: they are different runs."""
+    return a == b and isinstance(a, bool) == isinstance(b, bool)

@@ -1,0 +1,42 @@
+"""An executed notebook as a page that opens on any machine, a phone too, and fetches nothing."""
+
+import html
+from pathlib import Path
+
+from sdkit.run_folder import replace_file
+
+
+def save_reading(notebook_path, path):
+    """Writes an executed notebook as one HTML file and returns its `Path`.
+
+    nbconvert's own full templates ask servers for MathJax and RequireJS; its body does not.
+    """
+    from nbconvert import HTMLExporter
+
+    body, _ = HTMLExporter(template_name="basic").from_filename(str(notebook_path))
+    title = html.escape(Path(notebook_path).parent.name)
+    with replace_file(path) as temporary:
+        temporary.write_text(
+            PAGE.replace("{title}", title).replace("{body}", body), encoding="utf-8"
+        )
+    return Path(path)
+
+
+PAGE = """<!doctype html>
+<html lang="en"><meta charset="utf-8">
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<title>{title}</title>
+<style>
+:root { color-scheme: light dark; }
+body { font: 16px/1.5 system-ui, sans-serif; max-width: 60rem; margin: 2rem auto; padding: 0 1rem; }
+pre { overflow-x: auto; font-size: .85rem; margin: .2rem 0; }
+.jp-CodeCell .jp-InputArea { border-left: 3px solid #8886; padding-left: .8rem; }
+.jp-Cell { margin: .8rem 0; }
+.jp-InputPrompt, .jp-OutputPrompt, .prompt, .anchor-link { display: none; }
+.jp-OutputArea-output { overflow-x: auto; }
+img { max-width: 100%; height: auto; background: white; }
+table { border-collapse: collapse; } th, td { padding: .2rem .6rem; text-align: right; }
+</style>
+{body}
+</html>
+"""
