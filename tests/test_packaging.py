@@ -17,7 +17,7 @@ PROMISED = {
     "load_pipeline", "LoadReport", "generate", "RunRecord", "guard", "check_finite", "check_image",
     "check_image_file", "validate_image_array", "ValidationError", "describe_environment",
     "run_probes", "measure_headroom", "rebalance", "amplify", "predict_memory",
-    "LoRAConfig", "train_lora",
+    "LoRAConfig", "train_lora", "run_sweep", "load_results",
 }  # fmt: skip
 TOP_LEVEL = {
     "notebooks", "sdkit", "tests", "figures", "environment.yml", "README.md", "pyproject.toml",
@@ -61,9 +61,11 @@ def test_every_dependency_is_used():
         p.read_text() for p in [*ROOT.glob("sdkit/**/*.py"), *ROOT.glob("notebooks/*.ipynb")]
     )
     imported_as = {"pillow": "PIL", "scikit-image": "skimage", "pyyaml": "yaml"}
-    # JupyterLab and its kernel are run, not imported; accelerate is used by diffusers to load and
-    # peft by diffusers for LoRA.
-    run_not_imported = {"jupyterlab", "ipykernel", "ipywidgets", "accelerate", "peft"}
+    # JupyterLab and its kernel are run, not imported; accelerate is used by diffusers to load,
+    # peft by diffusers for LoRA, pyarrow by pandas for parquet.
+    run_not_imported = {
+        "jupyterlab", "ipykernel", "ipywidgets", "accelerate", "peft", "pyarrow"
+    }  # fmt: skip
     for line in PROJECT["dependencies"]:
         name = Requirement(line).name
         if name not in run_not_imported:
