@@ -8,6 +8,7 @@ from pathlib import Path
 
 PARTIAL_ENDING = ".partial"
 VERDICTS_NAME = "verdicts.json"
+METRICS_NAME = "metrics.json"
 
 
 @contextmanager
@@ -68,4 +69,17 @@ def save_verdicts(verdicts: list[dict], folder: Path) -> Path:
     with replace_file(path) as temporary:
         text = json.dumps(verdicts, indent=2, ensure_ascii=False)
         temporary.write_text(text + "\n", encoding="utf-8")
+    return path
+
+
+def save_metrics(metrics: dict[str, float | None], folder: Path) -> Path:
+    """Writes a notebook's numbers for the table of `sdkit sweep`, one column each.
+
+    Args:
+        metrics: {name with its unit: number}; None where there is none.
+        folder: The run's folder.
+    """
+    path = Path(folder) / METRICS_NAME
+    with replace_file(path) as temporary:
+        temporary.write_text(json.dumps(metrics, indent=2, allow_nan=False) + "\n", "utf-8")
     return path

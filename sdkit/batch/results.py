@@ -7,12 +7,11 @@ import pandas as pd
 
 from sdkit.batch.execution import DONE, FAILURES, RUN_NAME, RUNS
 from sdkit.batch.plan import PLAN_NAME
-from sdkit.run_folder import VERDICTS_NAME, replace_file
+from sdkit.run_folder import METRICS_NAME, VERDICTS_NAME, replace_file
 from sdkit.validation import ValidationError
 
 WAITING = "waiting"
 CSV_NAME, PARQUET_NAME = "results.csv", "results.parquet"
-METRICS_NAME = "metrics.json"  # a notebook may leave {name: number} there
 
 
 def load_results(folder):
