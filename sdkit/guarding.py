@@ -15,6 +15,7 @@ import weakref
 from contextlib import ExitStack, contextmanager
 from contextvars import ContextVar
 from dataclasses import replace
+from functools import partial
 from types import MethodType
 
 import torch
@@ -175,40 +176,43 @@ def _watch_component(name, component, watch, undo):
 
     if name == "vae":
         component = getattr(component, "_orig_mod", component)  # under torch.compile
-        _wrap_method(component, "encode", judging(watch.after_encode), undo)
-        _wrap_method(component, "decode", judging(watch.after_decode), undo)
+        after_method(component, "encode", judging(watch.after_encode), undo)
+        after_method(component, "decode", judging(watch.after_decode), undo)
     elif name.startswith("text_encoder"):
-        _watch_forward(name, component, judging(watch.after_text_encoder), undo)
+        after_forward(component, judging(partial(watch.after_text_encoder, name)), undo)
     else:
-        _watch_forward(name, component, judging(watch.after_denoiser), undo)
+        after_forward(component, judging(partial(watch.after_denoiser, name)), undo)
 
 
 def _is_resting(component):
     return any(component is resting for resting in _resting.get())
 
 
-def _watch_forward(name, module, look, undo):
-    """Calls look(name, args, kwargs, output) after each call of a module."""
+def after_forward(module, look, undo):
+    """Calls look(args, kwargs, output) after each call of a module, until `undo` is closed.
+
+    What it returns, if anything, takes the place of the output, as with a forward hook.
+    """
     # A hook would be traced into what `module.compile()` made: recompiled, or refused by fullgraph.
     compiled = module._compiled_call_impl
     if compiled is None:
         handle = module.register_forward_hook(
-            lambda _, args, kwargs, output: look(name, args, kwargs, output), with_kwargs=True
+            lambda _, args, kwargs, output: look(args, kwargs, output), with_kwargs=True
         )
         undo.callback(handle.remove)
         return
 
     def call(*args, **kwargs):
         output = compiled(*args, **kwargs)
-        look(name, args, kwargs, output)
-        return output
+        replacement = look(args, kwargs, output)
+        return output if replacement is None else replacement
 
     module._compiled_call_impl = call
     undo.callback(setattr, module, "_compiled_call_impl", compiled)
 
 
-def _wrap_method(vae, method, look, undo):
-    """Calls look(inputs, output) after each `vae.encode` or `vae.decode`, which fire no hook.
+def after_method(vae, method, look, undo):
+    """The same for `vae.encode` or `vae.decode`, which fire no hook.
 
     Hooks on the inner encoder and decoder would see single slices and tiles, would miss the
     convolutions beside them, and would be lost where the user compiled `vae.decode`.
@@ -217,8 +221,8 @@ def _wrap_method(vae, method, look, undo):
 
     def call(vae, *args, **kwargs):
         output = own(*args, **kwargs) if own else getattr(type(vae), method)(vae, *args, **kwargs)
-        look((args, kwargs), output)
-        return output
+        replacement = look(args, kwargs, output)
+        return output if replacement is None else replacement
 
     setattr(vae, method, MethodType(call, vae))  # a bound method: a deep copy calls its own weights
     undo.callback(setattr, vae, method, own) if own else undo.callback(delattr, vae, method)
@@ -244,12 +248,12 @@ class _Watch:
             self._begin_run()
         self._judge("text_encoder", ComponentCall(name, args, kwargs), {}, output)
 
-    def after_encode(self, inputs, output):
-        call = ComponentCall("vae.encode", *inputs)
+    def after_encode(self, args, kwargs, output):
+        call, inputs = ComponentCall("vae.encode", args, kwargs), (args, kwargs)
         self._judge("vae", call, {"image": (("image", None, None), inputs)}, output)
 
-    def after_decode(self, inputs, output):
-        call = ComponentCall("vae.decode", *inputs)
+    def after_decode(self, args, kwargs, output):
+        call, inputs = ComponentCall("vae.decode", args, kwargs), (args, kwargs)
         self._judge("vae", call, {"latents": (self._latents_origin(), inputs)}, output)
 
     def after_denoiser(self, name, args, kwargs, output):

@@ -12,10 +12,10 @@ import torch
 from sdkit.diagnosis.cause import Cause, find_cause
 from sdkit.diagnosis.diagnosis import Diagnosis
 from sdkit.diagnosis.place import describe
-from sdkit.diagnosis.remedy import find_module
 from sdkit.diagnosis.trace import find_first_bad_op
 from sdkit.finding import ComponentCall
 from sdkit.guarding import find_components
+from sdkit.loading.modules import find_module
 
 MEMORIES = (None, "nan", None)  # what fresh memory holds in each replay until one breaks again
 

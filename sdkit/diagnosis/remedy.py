@@ -5,7 +5,7 @@ weight cannot be healed here, so its proof is a counterfactual: the same run wit
 to zero, which shows that nothing else is broken.
 """
 
-from contextlib import ExitStack, contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
 
@@ -19,8 +19,9 @@ from sdkit.emulate.memory import is_allocating
 from sdkit.emulate.mode import is_composite, suspended
 from sdkit.finding import find_tensors
 from sdkit.guarding import find_components
-from sdkit.loading.border_casts import MARK, install_border_casts, remove_border_casts
-from sdkit.loading.lifting import LOW_DTYPES, computing, in_float32
+from sdkit.loading.border_casts import bordered
+from sdkit.loading.lifting import computing, holds_low, in_float32, restored
+from sdkit.loading.modules import find_module
 
 # Which arguments of a pipeline bring what the guard calls by these names.
 INPUTS = {
@@ -126,7 +127,7 @@ def try_float32(pipe, diagnosis) -> list[Trial]:
     """The module alone, its component, everything."""
     path = diagnosis.module or ""
     root = path.partition(".")[0]
-    low = [n for n, c in find_components(pipe).items() if any(map(is_low, c.parameters()))]
+    low = [n for n, c in find_components(pipe).items() if holds_low(c)]
     trials = []
     if root in low and "." in path:
         module = find_module(pipe, path)
@@ -177,31 +178,6 @@ def try_own_inputs(pipe, diagnosis) -> list[Trial]:
     return trials
 
 
-def is_low(tensor) -> bool:
-    """Whether a tensor is float16 or bfloat16."""
-    return tensor.dtype in LOW_DTYPES
-
-
-def find_module(pipe, path: str) -> torch.nn.Module:
-    """The module at a dotted path from the pipeline, through what torch.compile wraps."""
-    root, _, rest = path.partition(".")
-    component = getattr(pipe, root)
-    return getattr(component, "_orig_mod", component).get_submodule(rest)
-
-
-@contextmanager
-def bordered(pipe):
-    """Casts at the borders of components, where a trial may have made dtypes differ."""
-    if any(hasattr(component, MARK) for component in pipe.components.values()):
-        yield
-        return
-    install_border_casts(pipe)
-    try:
-        yield
-    finally:
-        remove_border_casts(pipe)
-
-
 @contextmanager
 def with_sdpa(denoiser):
     """All attention of a UNet or transformer through scaled_dot_product_attention."""
@@ -216,11 +192,10 @@ def with_sdpa(denoiser):
 @contextmanager
 def zeroed_weights(pipe, names):
     """Sets the NaN and Inf of weights to zero."""
-    with ExitStack() as undo, torch.no_grad():
-        for name in names:
-            path, _, leaf = name.rpartition(".")
-            tensor = getattr(find_module(pipe, path), leaf)
-            undo.callback(setattr, tensor, "data", tensor.data)
+    places = [name.rpartition(".") for name in names]
+    tensors = [getattr(find_module(pipe, path), leaf) for path, _, leaf in places]
+    with restored(tensors), torch.no_grad():
+        for tensor in tensors:
             tensor.data = torch.where(tensor.data.isfinite(), tensor.data, 0)
         yield
 

@@ -10,6 +10,8 @@ import math
 
 import torch
 
+from sdkit.loading.modules import find_module
+
 VAE_RESNET = "vae.decoder.up_blocks.1.resnets.0"
 UNET_RESNET = "unet.up_blocks.1.resnets.0"
 WEIGHT = "unet.mid_block.resnets.0.conv2"
@@ -98,9 +100,3 @@ def raise_scores(pipe, score) -> str:
         attention.to_q.weight *= factor
         attention.to_k.weight *= factor
     return score.module
-
-
-def find_module(pipe, path: str) -> torch.nn.Module:
-    """The module at a dotted path from the pipeline."""
-    component, _, inner = path.partition(".")
-    return getattr(pipe, component).get_submodule(inner)

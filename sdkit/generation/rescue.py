@@ -8,12 +8,12 @@ A component that fails again and again is switched over for the rest of the run.
 import time
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, field
-from types import MethodType
+from functools import partial
 
 from sdkit.device import synchronize
 from sdkit.finding import find_tensors
-from sdkit.guarding import find_components
-from sdkit.loading.lifting import LOW_DTYPES, computing
+from sdkit.guarding import after_forward, after_method, find_components
+from sdkit.loading.lifting import computing, holds_low
 from sdkit.validation import count_nonfinite, is_finite
 
 SWITCH_AFTER = 3  # rescues in a row: the fault is in every call, and trying float16 first is waste
@@ -86,47 +86,15 @@ class Rescuer:
             self._undo = undo
             for name, component in find_components(self.pipe).items():
                 if name == "vae":
+                    component = getattr(component, "_orig_mod", component)  # under torch.compile
                     for method in ("encode", "decode"):
-                        self._wrap(component, method, undo)
+                        function, parts = getattr(component, method), list(component.children())
+                        look = partial(self._look, f"vae.{method}", parts, function)
+                        after_method(component, method, look, undo)
                 else:
-                    self._hook(name, component, undo)
+                    forward = partial(call_forward, component)
+                    after_forward(component, partial(self._look, name, [component], forward), undo)
             yield self.log
-
-    def _hook(self, name, module, undo):
-        """Looks at a module's output after each call, and may return another in its place."""
-
-        def forward(*args, **kwargs):
-            return module.forward(*args, **kwargs)  # looked up when called: it is lifted then
-
-        def look(_, args, kwargs, output):
-            return self._look(name, [module], forward, args, kwargs, output)
-
-        compiled = module._compiled_call_impl  # by `module.compile()`: a hook would be traced
-        if compiled is None:
-            undo.callback(module.register_forward_hook(look, with_kwargs=True).remove)
-            return
-
-        def call(*args, **kwargs):
-            output = compiled(*args, **kwargs)
-            again = look(module, args, kwargs, output)
-            return output if again is None else again
-
-        module._compiled_call_impl = call
-        undo.callback(setattr, module, "_compiled_call_impl", compiled)
-
-    def _wrap(self, vae, method, undo):
-        """`vae.decode` fires no hook, so the method itself is wrapped."""
-        own, plain = vars(vae).get(method), getattr(type(vae), method)
-        parts = list(vae.children())
-
-        def call(vae, *args, **kwargs):
-            function = own or MethodType(plain, vae)
-            output = function(*args, **kwargs)
-            again = self._look(f"vae.{method}", parts, function, args, kwargs, output)
-            return output if again is None else again
-
-        setattr(vae, method, MethodType(call, vae))
-        undo.callback(setattr, vae, method, own) if own else undo.callback(delattr, vae, method)
 
     def _look(self, component, modules, function, args, kwargs, output):
         """Returns what the call gives in float32 if it was bad and that helps, else None."""
@@ -138,7 +106,7 @@ class Rescuer:
             self._in_a_row[component] = 0
             return None
         came_bad = any(not is_finite(t) for t in find_tensors([args, kwargs]))
-        if came_bad or not is_low(modules):
+        if came_bad or not any(map(holds_low, modules)):
             return None
         again, seconds = self._redo(modules, function, args, kwargs)
         rescued = all(is_finite(tensor) for tensor in find_tensors(again))
@@ -168,6 +136,6 @@ class Rescuer:
             self.log.switched_over[component] = len(self.log.rescues) - 1
 
 
-def is_low(modules) -> bool:
-    """Whether modules hold float16 or bfloat16, so that float32 is another try."""
-    return any(p.dtype in LOW_DTYPES for module in modules for p in module.parameters())
+def call_forward(module, *args, **kwargs):
+    """Calls what `forward` is now: while the module is lifted, another than before."""
+    return module.forward(*args, **kwargs)

@@ -9,6 +9,7 @@ latents in it. A VAE hands out its own dtype.
 Tested with Stable Diffusion 1.x and SDXL pipelines, text-to-image and image-to-image.
 """
 
+from contextlib import contextmanager
 from types import MethodType
 
 import torch
@@ -57,6 +58,19 @@ def remove_border_casts(pipe):
             undo()
         if hasattr(component, MARK):
             delattr(component, MARK)
+
+
+@contextmanager
+def bordered(pipe):
+    """Runs the body with casts at the borders; those that were there before stay as they are."""
+    if any(hasattr(component, MARK) for component in pipe.components.values()):
+        yield
+        return
+    install_border_casts(pipe)
+    try:
+        yield
+    finally:
+        remove_border_casts(pipe)
 
 
 def _components_with_inputs(pipe):

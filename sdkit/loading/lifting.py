@@ -8,7 +8,8 @@ from contextlib import ExitStack, contextmanager, nullcontext
 import torch
 
 from sdkit.emulate.mode import suspended
-from sdkit.loading.border_casts import MARK, install_border_casts, map_floats, remove_border_casts
+from sdkit.loading.border_casts import bordered, map_floats
+from sdkit.loading.modules import find_models
 
 LOW_DTYPES = (torch.float16, torch.bfloat16)
 
@@ -21,25 +22,35 @@ def in_float32(pipe, names=None):
         pipe: A diffusers pipeline.
         names: Components to lift; by default all that hold float16 or bfloat16.
     """
-    modules = [
-        module
-        for name, module in pipe.components.items()
-        if isinstance(module, torch.nn.Module) and (names is None or name in names)
-    ]
-    tensors = [t for module in modules for t in (*module.parameters(), *module.buffers())]
-    kept = {tensor: tensor.data for tensor in tensors if tensor.dtype in LOW_DTYPES}
-    had_casts = any(hasattr(c, MARK) for c in pipe.components.values())
+    modules = [m for name, m in find_models(pipe).items() if names is None or name in names]
+    tensors = [t for m in modules for t in list_tensors(m) if t.dtype in LOW_DTYPES]
+    with restored(tensors):
+        for tensor in tensors:
+            tensor.data = tensor.data.float()
+        with bordered(pipe):
+            yield
+
+
+@contextmanager
+def restored(tensors):
+    """Gives parameters and buffers their very data back when the body ends, however it ends."""
+    kept = [(tensor, tensor.data) for tensor in tensors]
     try:
-        for tensor, data in kept.items():
-            tensor.data = data.float()
-        if not had_casts:
-            install_border_casts(pipe)
         yield
     finally:
-        if not had_casts:
-            remove_border_casts(pipe)
-        for tensor, data in kept.items():
+        for tensor, data in kept:
             tensor.data = data
+
+
+def list_tensors(model) -> list[torch.Tensor]:
+    """The floating parameters and buffers of a model."""
+    tensors = (*model.parameters(), *model.buffers())
+    return [tensor for tensor in tensors if tensor.is_floating_point()]
+
+
+def holds_low(model) -> bool:
+    """Whether a model holds float16 or bfloat16, so that float32 is another try."""
+    return any(parameter.dtype in LOW_DTYPES for parameter in model.parameters())
 
 
 @contextmanager
@@ -54,8 +65,7 @@ def computing(modules, *, on_cpu=False):
 @contextmanager
 def computing_one(module, on_cpu):
     own, forward = vars(module).get("forward"), module.forward
-    tensors = [t for t in (*module.parameters(), *module.buffers()) if t.is_floating_point()]
-    kept = {tensor: tensor.data for tensor in tensors}
+    tensors = list_tensors(module)
 
     def compute(*args, **kwargs):
         came = []  # (dtype, device) of the floats that came in
@@ -72,14 +82,13 @@ def computing_one(module, on_cpu):
             args, kwargs = map_floats(args, take), map_floats(kwargs, take)
             return map_floats(forward(*args, **kwargs), give)
 
-    try:
-        for tensor, data in kept.items():
-            tensor.data = data.to("cpu" if on_cpu else data.device, torch.float32)
+    with restored(tensors):
+        for tensor in tensors:
+            tensor.data = tensor.data.to("cpu" if on_cpu else tensor.device, torch.float32)
         module.forward = compute
-        yield
-    finally:
-        for tensor, data in kept.items():
-            tensor.data = data
-        vars(module).pop("forward", None)
-        if own is not None:
-            module.forward = own
+        try:
+            yield
+        finally:
+            del module.forward
+            if own is not None:
+                module.forward = own

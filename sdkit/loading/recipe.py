@@ -15,6 +15,8 @@ import torch
 
 from sdkit.loading.border_casts import MARK, install_border_casts, map_floats, remove_border_casts
 from sdkit.loading.dtype_policy import DTYPES
+from sdkit.loading.lifting import list_tensors, restored
+from sdkit.loading.modules import find_models, find_module
 from sdkit.run_folder import replace_file
 from sdkit.validation import ValidationError
 
@@ -117,15 +119,6 @@ class Recipe:
             raise ValidationError(f"{path}: no recipe can be read there ({error}).") from error
 
 
-def find_models(pipe) -> dict[str, torch.nn.Module]:
-    """{name: component} of a pipeline's models with floating weights."""
-    return {
-        name: component
-        for name, component in pipe.components.items()
-        if isinstance(component, torch.nn.Module)
-    }
-
-
 def take_fingerprint(pipe) -> dict:
     """{component: {"class", "shapes", "values"}}: which model this is, whatever its dtype.
 
@@ -173,19 +166,6 @@ def check_recipe(pipe, recipe: Recipe) -> Recipe:
     return recipe
 
 
-def find_module(pipe, path: str) -> torch.nn.Module:
-    """The module at a dotted path from the pipeline.
-
-    Raises:
-        ValidationError: There is none.
-    """
-    root, _, rest = path.partition(".")
-    try:
-        return find_models(pipe)[root].get_submodule(rest)
-    except (KeyError, AttributeError) as error:
-        raise ValidationError(f"recipe: {path} is no module of this pipeline.") from error
-
-
 @contextmanager
 def mixed_precision(pipe, float32, dtype=torch.float16):
     """Runs the body in `dtype` with some modules in float32; the very tensors come back after.
@@ -196,11 +176,9 @@ def mixed_precision(pipe, float32, dtype=torch.float16):
         dtype: Of all else.
     """
     with ExitStack() as undo:
-        for model in find_models(pipe).values():
-            for tensor in (*model.parameters(), *model.buffers()):
-                if tensor.is_floating_point():
-                    undo.callback(setattr, tensor, "data", tensor.data)
-        had_casts = any(hasattr(component, MARK) for component in find_models(pipe).values())
+        models = find_models(pipe).values()
+        undo.enter_context(restored([t for model in models for t in list_tensors(model)]))
+        had_casts = any(hasattr(component, MARK) for component in models)
         for handle in set_precision(pipe, float32, dtype):
             undo.callback(handle.remove)
         if not had_casts:
@@ -228,13 +206,11 @@ def apply_recipe(pipe, recipe: Recipe):
 
 def set_precision(pipe, float32, dtype) -> list:
     """Casts weights and installs casts at the layers; returns the handles of the latter."""
-    kept = {id(t) for path in float32 for t in find_module(pipe, path).parameters()}
-    kept |= {id(t) for path in float32 for t in find_module(pipe, path).buffers()}
+    kept = {id(t) for path in float32 for t in list_tensors(find_module(pipe, path))}
     handles = []
     for model in find_models(pipe).values():
-        for tensor in (*model.parameters(), *model.buffers()):
-            if tensor.is_floating_point():
-                tensor.data = tensor.data.to(torch.float32 if id(tensor) in kept else dtype)
+        for tensor in list_tensors(model):
+            tensor.data = tensor.data.to(torch.float32 if id(tensor) in kept else dtype)
         if len({parameter.dtype for parameter in model.parameters()}) > 1:
             handles += [cast_at(layer) for layer in model.modules() if weight_of(layer) is not None]
     install_border_casts(pipe)

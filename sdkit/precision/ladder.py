@@ -24,7 +24,8 @@ from sdkit.generation.record import describe_rescue
 from sdkit.generation.rescue import Rescuer
 from sdkit.guarding import unguarded
 from sdkit.loading.lifting import in_float32
-from sdkit.loading.recipe import Recipe, count_bytes, find_models, mixed_precision
+from sdkit.loading.modules import find_models
+from sdkit.loading.recipe import Recipe, count_bytes, mixed_precision
 from sdkit.precision.plan import (
     check_reference,
     draw_images,

@@ -14,6 +14,7 @@ from sdkit.device import GIB
 from sdkit.loading import load_pipeline
 from sdkit.loading.checkpoint import find_checkpoint
 from sdkit.loading.dtype_policy import dtype_name
+from sdkit.loading.modules import find_models
 from sdkit.loading.weights import count_weight_bytes
 from sdkit.memory import (
     ARCHITECTURES,
@@ -184,7 +185,7 @@ def measure_memory(model, case):
     if model in ARCHITECTURES:
         return count_memory(model, build_architecture(model, device="cpu"), check_case(case))
     pipe, report = load_pipeline(model, backend="cpu", dtype="float32", progress=False)
-    return count_memory(report.resolved, _find_modules(pipe), check_case(case))
+    return count_memory(report.resolved, find_models(pipe), check_case(case))
 
 
 def count_memory(name, components, case):
@@ -239,18 +240,13 @@ def open_shapes(model):
         name, components = type(model).__name__, {part: model} if part else {}
     elif hasattr(model, "components"):
         name = str(model.config.get("_name_or_path") or type(model).__name__)
-        components = _find_modules(model)
+        components = find_models(model)
     else:
         checkpoint = find_checkpoint(model, local_files_only=True)
         components = read_architecture(checkpoint.config_folder, checkpoint.components)
         return checkpoint.resolved, _check_is_traceable(checkpoint.asked, components)
     _check_is_traceable(name, components)
     return name, {part: copy_onto_meta(module) for part, module in components.items()}
-
-
-def _find_modules(pipe):
-    modules = pipe.components.items()
-    return {name: module for name, module in modules if isinstance(module, torch.nn.Module)}
 
 
 def _check_is_traceable(name, components):

@@ -20,12 +20,11 @@ from sdkit.finding import NonFiniteError, find_tensors
 from sdkit.guarding import guard, unguarded
 from sdkit.loading.dtype_policy import DTYPES
 from sdkit.loading.lifting import in_float32
+from sdkit.loading.modules import find_models, find_module
 from sdkit.loading.recipe import (
     RECIPE_VERSION,
     Recipe,
     count_bytes,
-    find_models,
-    find_module,
     mixed_precision,
     take_fingerprint,
     weight_of,

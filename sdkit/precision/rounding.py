@@ -9,6 +9,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from sdkit.emulate.memory import is_allocating
 from sdkit.emulate.mode import suspended
 from sdkit.emulate.schema import is_view
+from sdkit.loading.lifting import restored
 
 # Bits of a float32 significand that a narrower one lacks: 24 - 11 and 24 - 8.
 DROPPED_BITS = {torch.float16: 13, torch.bfloat16: 16}
@@ -27,9 +28,10 @@ def rounded_significands(models, dtype):
     dropped = DROPPED_BITS[dtype]
     mode = RoundedSignificands(dropped)
     with ExitStack() as undo:
+        models = list(models)
+        undo.enter_context(restored([w for model in models for w in model.parameters()]))
         for model in models:
             for weight in model.parameters():
-                undo.callback(setattr, weight, "data", weight.data)
                 weight.data = round_significand(weight.data, dropped)
             for module in model.modules():
                 if isinstance(module, (Timesteps, GaussianFourierProjection)):
