@@ -72,7 +72,7 @@ def _card(folder, row, varied):
         for name, value in row.items()
         if name.startswith(("verdict: ", "metric: ")) and value is not None
     ]
-    if row["images"]:
+    if row["images"] and row["verdicts"] is None:
         lines.append(f"{row['images_valid']:.0f} of {row['images']:.0f} images valid")
     problem = describe_problem(row)
     return (

@@ -1,9 +1,12 @@
 """An executed notebook as a page that opens on any machine, a phone too, and fetches nothing."""
 
 import html
+import logging
 from pathlib import Path
 
 from sdkit.run_folder import replace_file
+
+logging.getLogger("sdkit.batch.reading").addHandler(logging.NullHandler())
 
 
 def save_reading(notebook_path, path):
@@ -13,7 +16,10 @@ def save_reading(notebook_path, path):
     """
     from nbconvert import HTMLExporter
 
-    body, _ = HTMLExporter(template_name="basic").from_filename(str(notebook_path))
+    # In a kernel its remarks on missing alternative texts would be printed for every run.
+    quiet = logging.getLogger("sdkit.batch.reading")
+    exporter = HTMLExporter(template_name="basic", log=quiet)
+    body, _ = exporter.from_filename(str(notebook_path))
     title = html.escape(Path(notebook_path).parent.name)
     with replace_file(path) as temporary:
         temporary.write_text(
@@ -30,10 +36,11 @@ PAGE = """<!doctype html>
 :root { color-scheme: light dark; }
 body { font: 16px/1.5 system-ui, sans-serif; max-width: 60rem; margin: 2rem auto; padding: 0 1rem; }
 pre { overflow-x: auto; font-size: .85rem; margin: .2rem 0; }
-.jp-CodeCell .jp-InputArea { border-left: 3px solid #8886; padding-left: .8rem; }
-.jp-Cell { margin: .8rem 0; }
-.jp-InputPrompt, .jp-OutputPrompt, .prompt, .anchor-link { display: none; }
-.jp-OutputArea-output { overflow-x: auto; }
+.cell { margin: 1rem 0; }
+.input_area { border-left: 3px solid #8886; padding-left: .8rem; }
+.prompt, .anchor-link { display: none; }
+.output_subarea { overflow-x: auto; }
+.output_stderr { opacity: .6; }
 img { max-width: 100%; height: auto; background: white; }
 table { border-collapse: collapse; } th, td { padding: .2rem .6rem; text-align: right; }
 </style>

@@ -22,7 +22,8 @@ def save_sheet(table, folder):
         folder: The sweep's.
     """
     left_out = f", the first {MOST_TILES}" if len(table) > MOST_TILES else ""
-    heading = f"{table.attrs['notebook']}: {len(table)} runs{left_out}, {sum(table['good'])} good"
+    counted = f"{len(table)} runs{left_out}, {sum(table['good'])} good"
+    heading = f"{table.attrs['notebook']}: {counted} · {' · '.join(table.attrs['varied'])}"
     rows = list_rows(table.head(MOST_TILES))
     pictures = [open_picture(folder, row) for row in rows]
     titles = [describe_run(row, table.attrs["varied"]) for row in rows]
@@ -53,8 +54,8 @@ def open_picture(folder, row):
 
 
 def describe_run(row, varied):
-    """Returns "dtype=float16, seed=4": what tells a run from the others."""
-    return ", ".join(f"{name}={row[name]}" for name in varied) or row["run_id"]
+    """Returns "float16 · 4": the values that tell a run from the others."""
+    return " · ".join(str(row[name]) for name in varied) or row["run_id"]
 
 
 def describe_problem(row):
