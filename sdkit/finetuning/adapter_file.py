@@ -79,7 +79,17 @@ def pack_adapter(pipe, metadata: dict) -> bytes:
             value = peft_config[key]
             settings[f"{name}.{key}"] = sorted(value) if isinstance(value, set) else value
     own = {"format": "pt", LORA_ADAPTER_METADATA_KEY: json.dumps(settings, sort_keys=True)}
-    return safetensors.torch.save(weights, metadata={**own, **metadata})
+    return _sort_header(safetensors.torch.save(weights, metadata={**own, **metadata}))
+
+
+def _sort_header(content):
+    """Puts a file's metadata in order, which the library does not: equal runs, equal files."""
+    end = 8 + int.from_bytes(content[:8], "little")
+    header = json.loads(content[8:end])
+    header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
+    text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+    text += b" " * (-len(text) % 8)  # the tensors begin at a multiple of 8
+    return len(text).to_bytes(8, "little") + text + content[end:]
 
 
 def _name_layer(component, key):

@@ -134,6 +134,8 @@ def prune_checkpoints(run_folder, limit, *, spare=()):
     """
     for leftover in (Path(run_folder) / FOLDER_NAME).glob(f"*{PARTIAL_ENDING}"):
         shutil.rmtree(leftover)
+    for leftover in Path(run_folder).glob(".*.part"):
+        leftover.unlink()
     for folder in list_checkpoints(run_folder)[: -limit if limit else 0]:
         if int(folder.name.removeprefix("step_")) not in spare:
             remove_folder(folder)

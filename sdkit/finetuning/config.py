@@ -93,7 +93,7 @@ class LoRAConfig:
     alpha: float = number(16.0, above=0)
     targets: tuple[str, ...] = some_of(("attention",), *TARGET_MODULES, "text_encoder")
     max_train_steps: int = whole(300, least=1)
-    learning_rate: float = number(1e-4, above=0)
+    learning_rate: float = number(1e-4, above=0, most=1)
     lr_scheduler: str = choice("cosine", "cosine", "linear", "constant")
     lr_warmup_steps: int | None = whole(None, words=(None,))
     train_batch_size: int = whole(2, least=1)

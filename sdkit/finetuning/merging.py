@@ -14,8 +14,8 @@ def merge_adapter(pipe, *, scale=1.0):
         The pipeline.
 
     Raises:
-        ValidationError: A merged weight would be NaN or Inf, as float16 can make it; what was merged
-            before it is taken out again.
+        ValidationError: A merged weight would be NaN or Inf, as float16 can make it; what was
+            merged before it is taken out again.
     """
     try:
         pipe.fuse_lora(components=_find_adapted(pipe), lora_scale=scale, safe_fusing=True)

@@ -137,10 +137,13 @@ def set_training_mode(unet, text_encoder, config: LoRAConfig, checkpointing):
         unet.disable_gradient_checkpointing()
     if config.trains_text_encoder:
         text_encoder.train()
-        if checkpointing:
-            text_encoder.gradient_checkpointing_enable()
-        else:
-            text_encoder.gradient_checkpointing_disable()
+        # transformers 5 renamed the methods and warns of the old ones, which 4 has alone.
+        is_new = hasattr(text_encoder, "activation_checkpointing_enable")
+        kind, verb = (
+            "activation" if is_new else "gradient",
+            "enable" if checkpointing else "disable",
+        )
+        getattr(text_encoder, f"{kind}_checkpointing_{verb}")()
 
 
 def _make_batch(size, shapes):

@@ -6,7 +6,6 @@ from pathlib import Path
 from sdkit.finetuning.checkpoints import ADAPTER_FILE, FOLDER_NAME, find_last_checkpoint
 from sdkit.finetuning.config import LoRAConfig, read_settings
 from sdkit.finetuning.report import REPORT_FILE
-from sdkit.run_folder import replace_file
 from sdkit.validation import ValidationError
 
 CONFIG_FILE = "config.yaml"
@@ -63,9 +62,9 @@ def clear_run_folder(folder):
         for name in (FOLDER_NAME, IMAGES_NAME):
             for leftover in (folder / name).glob("step_*"):
                 shutil.rmtree(leftover)
-        with replace_file(folder / CONFIG_FILE) as trial:
-            trial.touch()
-        (folder / CONFIG_FILE).unlink()
+        trial = folder / ".trial.part"
+        trial.touch()
+        trial.unlink()
     except OSError as error:
         raise ValidationError(
             f"{folder}: cannot be written to ({error.strerror}). Expected a folder for the run; "

@@ -133,12 +133,12 @@ def run_steps(run: TrainingRun, progress: Progress, interrupt, on_step=None, is_
                 seconds = time.perf_counter() - begun
                 progress = drop_step(run, batch, before, gate, learning_rate, seconds)
                 progress, stopped = go_back(run, progress)
-            stopped = stopped or find_reason_to_stop(run, progress, interrupt)
-            if not progress.bad_in_row and not gate:
-                save_if_due(run, progress, stopped)
             first_step_at = first_step_at or time.perf_counter()
             record = make_record(before, progress, loss, norm, learning_rate, config)
             tell(run, record, progress, bar, on_step)
+            stopped = stopped or find_reason_to_stop(run, progress, interrupt)
+            if not progress.bad_in_row and not gate:
+                save_if_due(run, progress, stopped)
     return progress, stopped or FINISHED, first_step_at
 
 
@@ -149,7 +149,8 @@ def look(run: TrainingRun, progress: Progress):
         The Progress, and "validation" if the loss was not finite, else None.
     """
     config, is_last = run.config, progress.step == run.config.max_train_steps
-    if run.validation and (is_last or progress.step % config.validation_steps == 0):
+    every = config.validation_steps if run.validation else None
+    if every and (is_last or progress.step % every == 0):
         loss = measure_validation_loss(run)
         if not math.isfinite(loss):
             return progress, "validation"

@@ -1,5 +1,6 @@
 """A training made ready: device, model, data, adapter, optimiser, and the point where it stands."""
 
+import json
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -152,7 +153,7 @@ def begin_run(
 
         data = load_data(pipe, config, accelerator, progress)
     train, validation = data
-    _check_size(train, config, accelerator)
+    notices = [*notices, *_check_size(train, config, accelerator)]
     identity = {
         "base_sample": sample_weights(pipe.unet),
         "train": train.fingerprint,
@@ -194,17 +195,23 @@ def _save_first(run):
 
 
 def _check_size(train, config, accelerator):
+    """Returns what to say about the number of images."""
     if accelerator.num_processes > config.effective_batch:
         raise ValidationError(
             f"{accelerator.num_processes} processes for an effective batch of "
             f"{config.effective_batch}: expected at least one image for each. Use fewer, or more "
             "gradient_accumulation_steps."
         )
-    if not len(train.names):
+    count = len(train.names)
+    if count == 0:
         raise ValidationError(
             f"{config.dataset}: no image to train on. Expected at least one; see the dataset's "
             "report for those that were left out."
         )
+    if count >= config.effective_batch:
+        return []
+    images = "1 image is" if count == 1 else f"{count} images are"
+    return [f"{images} fewer than the {config.effective_batch} of a step: each comes several times"]
 
 
 def _choose_micro_batch(pipe, config, train, accelerator, device_type):
@@ -251,9 +258,9 @@ def restore(run: TrainingRun, checkpoint) -> Progress:
     """
     record, adapter, state = from_main(run.accelerator, lambda: load_checkpoint(checkpoint))
     progress = Progress.from_dict(record)
+    saved = asdict(progress)["identity"]
     for name, value in run.identity.items():
-        saved = progress.identity[name]
-        if (list(saved) if isinstance(saved, tuple) else saved) != value:
+        if json.dumps(saved[name]) != json.dumps(value):  # as text, for a NaN equals nothing
             what = "weights of the base model" if name == "base_sample" else f"{name} images"
             raise ValidationError(
                 f"{checkpoint}: the run was begun with other {what}. Expected the same model and "
