@@ -152,3 +152,31 @@ def test_diagnose_exits_with_0_where_nothing_is_broken(tiny_folder):
 def test_diagnose_says_in_one_line_what_cannot_be(arguments, words):
     result = run("diagnose", *arguments)
     assert result.exit_code == 2 and words in result.stderr and "Traceback" not in result.output
+
+
+def test_an_error_nobody_foresaw_is_one_line_and_a_traceback_only_when_asked(monkeypatch, tmp_path):
+    monkeypatch.setattr("sdkit.verdict.judge_image_file", lambda path: 1 / 0)
+    (tmp_path / "a.png").touch()
+    result = run("check", tmp_path / "a.png")
+    assert result.exit_code == 2
+    assert result.stderr.splitlines() == [
+        "unexpected ZeroDivisionError: division by zero (say --debug for the traceback)"
+    ]
+    file = tmp_path / "a.png"
+    for arguments in (["--debug", "check", file], ["check", file, "--debug"]):
+        assert isinstance(run(*arguments).exception, ZeroDivisionError)
+
+
+def test_a_file_may_be_called_debug():
+    result = run("check", "--", "--debug")
+    assert result.exit_code == 1
+    assert "--debug" in result.stdout
+
+
+def test_ctrl_c_ends_with_its_own_code(monkeypatch, tmp_path):
+    def interrupt(path):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("sdkit.verdict.judge_image_file", interrupt)
+    (tmp_path / "a.png").touch()
+    assert run("check", tmp_path / "a.png").exit_code == 130

@@ -1,0 +1,1 @@
+"""The commands of `sdkit`, one a file."""

@@ -1,0 +1,72 @@
+"""`sdkit diagnose`: from a broken image to its cause."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from sdkit.commands.options import (
+    BAD,
+    AsJson,
+    Attention,
+    Backend,
+    Emulate,
+    Guidance,
+    Memory,
+    Prompts,
+    Seed,
+    Steps,
+    refuse,
+)
+
+
+def diagnose(
+    prompts: Prompts = None,
+    model: Annotated[
+        str | None, typer.Option(help="mini (the bundled one), a folder, a file or a Hub id.")
+    ] = None,
+    backend: Backend = "auto",
+    dtype: Annotated[str, typer.Option(help="auto, float16, bfloat16 or float32.")] = "auto",
+    attention: Attention = "sdpa",
+    steps: Steps = 25,
+    guidance: Guidance = 7.5,
+    seed: Seed = 0,
+    incident: Annotated[
+        Path | None, typer.Option(help="A folder incident_... that generate left: replay it.")
+    ] = None,
+    emulate: Emulate = None,
+    memory: Memory = None,
+    prove: Annotated[bool, typer.Option(help="Run again with the remedy.")] = True,
+    reproduction: Annotated[
+        Path | None, typer.Option(help="Where to write the script that shows a backend fault.")
+    ] = None,
+    as_json: AsJson = False,
+):
+    """Name the stage, step, module, op and cause behind a broken image, and prove the remedy.
+
+    Exits with 1 if something is broken, with 0 if the images are healthy.
+    """
+    from sdkit.diagnosis.incident_replay import diagnose_incident
+    from sdkit.diagnosis.model import diagnose_model
+    from sdkit.run_folder import replace_file
+
+    if incident and prompts:
+        refuse("--incident brings its own prompt: leave the other out.")
+    if incident:
+        found = diagnose_incident(incident, model=model, backend=backend, prove=prove)
+    else:
+        found = diagnose_model(
+            model or "mini", prompts, backend=backend, dtype=dtype, attention=attention,
+            memory=memory, faults=emulate, seed=seed, prove=prove,
+            num_inference_steps=steps, guidance_scale=guidance,
+        )  # fmt: skip
+    typer.echo(found.to_json() if as_json else str(found))
+    if reproduction and not found.reproduction:
+        typer.echo(f"{reproduction}: not written, this cause needs none", err=True)
+    elif reproduction:
+        try:
+            with replace_file(reproduction) as temporary:
+                temporary.write_text(found.reproduction)
+        except OSError as error:
+            refuse(f"{reproduction}: cannot be written ({error.strerror}).")
+    raise typer.Exit(0 if found.is_healthy else BAD)
