@@ -199,11 +199,12 @@ def _describe_death(exit_code, stopped, task):
 def _find_running_cell(path, task, values):
     """Which cell was being executed, from the notebook as papermill has saved it so far.
 
-    papermill calls a cell completed even if its kernel died in it: those after it are pending.
+    papermill calls all cells completed in the end, even those that a dead kernel never reached;
+    only a cell that was begun has a time at which it was.
     """
     cells = nbformat.read(path, as_version=4).cells if path.is_file() else []
     for index, cell in reversed(list(enumerate(cells))):
-        begun = cell.metadata.get("papermill", {}).get("status", "pending") != "pending"
+        begun = cell.metadata.get("papermill", {}).get("start_time")
         if begun and cell.cell_type == "code":
             return _describe_cell(index, cell.source, task, values)
     return {}

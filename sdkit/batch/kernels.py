@@ -124,6 +124,8 @@ class Zygote:
 
     def __exit__(self, *error):
         """Ends the process; it takes every kernel with it."""
+        if not self._ready:  # still importing: it has forked nothing, and would hear late
+            self._process.kill()
         self._control.close()
         self._process.communicate()
 

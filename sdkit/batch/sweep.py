@@ -73,7 +73,7 @@ def run_sweep(
         warm_zygote(threads)  # it imports while the plan is made
     try:
         plan = make_plan(notebook, grid, here=scheduler is None)
-        folder = _make_folder(output or SWEEPS_FOLDER / _name_grid(grid, notebook))
+        folder = _make_folder(output or choose_folder(grid, notebook))
         with lock_folder(folder) as token:
             save_plan(plan, folder)
             _clear(folder, plan if force else None)
@@ -184,8 +184,9 @@ def _find_notebook(notebook):
     return Path(notebook)
 
 
-def _name_grid(grid, notebook):
-    return Path(notebook).stem if isinstance(grid, dict) else Path(grid).stem
+def choose_folder(grid, notebook):
+    """Returns where a sweep goes that is not told: below runs/sweeps, by the name of its grid."""
+    return SWEEPS_FOLDER / Path(notebook if isinstance(grid, dict) else grid).stem
 
 
 def _check_numbers(jobs, retry, timeout):

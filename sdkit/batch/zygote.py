@@ -25,12 +25,13 @@ import tempfile
 import time
 import traceback
 
-# What the notebooks import. matplotlib.pyplot must not be among them: its inline backend looks for
-# the running kernel when it is imported, and would show no figure later.
+# What the notebooks import, and what matplotlib.pyplot does. pyplot itself must not be among them:
+# its inline backend looks for the running kernel when it is imported, and would show no figure.
 WARM = (
-    "numpy", "pandas", "PIL.Image", "skimage.metrics", "matplotlib", "tqdm.auto", "torch",
-    "diffusers", "transformers", "ipykernel.kernelapp", "ipykernel.ipkernel", "sdkit.loading",
-    "sdkit.generation", "sdkit.emulate",
+    "numpy", "pandas", "PIL.Image", "skimage.metrics", "matplotlib.axes", "matplotlib.figure",
+    "matplotlib.widgets", "matplotlib.backends.backend_agg", "tqdm.auto", "torch", "diffusers",
+    "transformers", "ipykernel.kernelapp", "ipykernel.ipkernel", "sdkit.loading",
+    "sdkit.generation", "sdkit.diagnosis.ablation",
 )  # fmt: skip
 TRIAL_SECONDS = 60
 PR_SET_PDEATHSIG = 1  # <linux/prctl.h>
