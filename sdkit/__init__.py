@@ -25,6 +25,7 @@ EXPORTS = {
     "measure_headroom": "sdkit.precision",
     "rebalance": "sdkit.precision",
     "amplify": "sdkit.precision",
+    "plan_precision": "sdkit.precision",
     "predict_memory": "sdkit.precision",
     "run_sweep": "sdkit.batch.sweep",
     "load_results": "sdkit.batch.results",

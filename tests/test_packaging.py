@@ -16,7 +16,8 @@ ROOT = Path(__file__).parent.parent
 PROMISED = {
     "load_pipeline", "LoadReport", "generate", "RunRecord", "guard", "check_finite", "check_image",
     "check_image_file", "validate_image_array", "ValidationError", "describe_environment",
-    "run_probes", "measure_headroom", "rebalance", "amplify", "predict_memory",
+    "run_probes", "measure_headroom", "rebalance", "amplify", "plan_precision",
+    "predict_memory",
     "LoRAConfig", "train_lora", "run_sweep", "load_results",
 }  # fmt: skip
 TOP_LEVEL = {
