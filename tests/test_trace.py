@@ -144,3 +144,11 @@ def test_memory_that_was_given_back_is_not_taken_for_another():
     found = trace(recycle)
     assert not any("uninitialised" in summary.note for summary in found.inputs)
     assert find_cause(found).name == "bad-input"
+
+
+def test_a_float32_result_above_its_maximum_and_one_broken_on_the_way_are_told_apart():
+    result = find_cause(trace(lambda x: (x.abs() + 1) * 1e38 * 1e3))
+    assert result.name == "range-overflow" and "No wider dtype" in result.remedy
+    assert "float32_on_the_cpu" not in result.evidence
+    inner = find_cause(trace(lambda x: nn.functional.layer_norm(x * 1e30, (4,))))
+    assert inner.name == "range-overflow" and "within the op" in inner.evidence["float32_on_the_cpu"]

@@ -172,12 +172,6 @@ def judge_numbers(bad: BadOp) -> Cause:
             f"No precision helps: {bad.op} has no finite answer for these inputs (0/0, inf-inf, "
             f"log of 0). Mend the formula at {bad.source}.",
         )
-    if breaks_in_float32(bad.call):
-        return Cause(
-            "range-overflow",
-            {**evidence, "float32_on_the_cpu": "NaN or Inf as well: within the op, not its result"},
-            f"The inputs of {bad.op} are too large for float32's own range; see what made them.",
-        )
     if reference.overflowing_count + reference.inf_count >= reference.fitting_count:
         dtype = next(s.dtype for s in bad.outputs if s.nan_count or s.inf_count)
         component = bad.module.partition(".")[0]
@@ -191,6 +185,12 @@ def judge_numbers(bad: BadOp) -> Cause:
             remedy = "No wider dtype is at hand: look at what makes such large numbers."
         return Cause(
             "range-overflow", evidence, f"{remedy} {dtype} ends at {reference.maximum:.5g}."
+        )
+    if breaks_in_float32(bad.call):
+        return Cause(
+            "range-overflow",
+            {**evidence, "float32_on_the_cpu": "NaN or Inf as well: within the op, not its result"},
+            f"The inputs of {bad.op} are too large for float32's own range; see what made them.",
         )
     return Cause(
         "backend-fault",
