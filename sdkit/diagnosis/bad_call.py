@@ -11,13 +11,14 @@ import torch
 
 from sdkit.diagnosis.cause import Cause, find_cause
 from sdkit.diagnosis.diagnosis import Diagnosis
-from sdkit.diagnosis.place import describe
+from sdkit.diagnosis.place import describe, stage_of
 from sdkit.diagnosis.trace import find_first_bad_op
 from sdkit.finding import ComponentCall
 from sdkit.guarding import find_components
 from sdkit.loading.modules import find_module
 
-MEMORIES = (None, "nan", None)  # what fresh memory holds in each replay until one breaks again
+# What fresh memory holds in each replay, until one breaks again.
+REPLAY_MEMORIES = (None, "nan", None)
 
 
 def examine_finding(pipe, run, call) -> Diagnosis:
@@ -46,7 +47,7 @@ def find_unwatched(pipe) -> dict:
 
 def blame_input(pipe, finding) -> Diagnosis:
     """What the caller handed in was bad on arrival."""
-    stage = "vae" if finding.component.startswith("vae") else "unet"
+    stage = stage_of(finding.component)
     step = 0 if stage == "unet" and finding.step is None else finding.step
     evidence = {
         "argument": finding.tensor,
@@ -128,11 +129,11 @@ def examine_call(pipe, run) -> Diagnosis:
 
 def break_again(pipe, call, modules):
     """Replays a call until it breaks: (the bad op or None, replays, what fresh memory held)."""
-    for replays, memory in enumerate(MEMORIES, start=1):
+    for replays, memory in enumerate(REPLAY_MEMORIES, start=1):
         bad = find_first_bad_op(lambda: make_call(pipe, call), modules, memory=memory)
         if bad:
             return bad, replays, memory
-    return None, len(MEMORIES), None
+    return None, len(REPLAY_MEMORIES), None
 
 
 def make_call(pipe, call: ComponentCall):
@@ -148,7 +149,7 @@ def describe_fleeting(pipe, finding, suspect) -> Diagnosis:
     """The same call on the same inputs broke once and never again."""
     module = find_module(pipe, suspect)
     evidence = {
-        "finite_replays": f"{len(MEMORIES)} of {len(MEMORIES)}, one with fresh memory of NaN",
+        "finite_replays": f"all {len(REPLAY_MEMORIES)}, one with fresh memory of NaN",
         "nan_count": finding.nan_count,
         "inf_count": finding.inf_count,
     }

@@ -2,6 +2,7 @@
 
 from sdkit.diagnosis.cause import find_cause
 from sdkit.diagnosis.diagnosis import Diagnosis
+from sdkit.diagnosis.place import stage_of
 from sdkit.diagnosis.trace import find_first_bad_op
 from sdkit.emulate import active as find_emulation
 
@@ -40,11 +41,11 @@ def diagnose_training_step(measure_loss, modules) -> Diagnosis:
     if bad is None:
         return Diagnosis("none", None, None, None, "healthy", emulated=find_emulation())
     cause = find_cause(bad)
-    root = (cause.module or bad.module).partition(".")[0]
+    module = cause.module or bad.module
     return Diagnosis(
-        stage="text_encoder" if root.startswith("text_encoder") else root,
+        stage=stage_of(module),
         step=None,
-        module=cause.module or bad.module,
+        module=module,
         op=bad.op,
         cause=cause.name,
         evidence={**progress, **cause.evidence},
