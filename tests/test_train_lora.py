@@ -8,7 +8,7 @@ import pytest
 import safetensors.torch
 import torch
 from tiny_pipelines import build_tiny_pipe
-from tiny_training import make_config, make_data
+from tiny_training import make_config, make_data, spoil
 
 from sdkit.finetuning.adapter import find_parameters
 from sdkit.finetuning.batches import draw_batch
@@ -40,13 +40,6 @@ def read_weights(path):
 
 def copy_weights(pipe):
     return [parameter.detach().clone() for parameter in find_parameters(pipe).values()]
-
-
-def spoil(encoded, index, value=NAN):
-    """The data with one bad number in the latents of one image."""
-    mean = encoded.latent_mean.clone()
-    mean[index, 0, 0, 0] = value
-    return dataclasses.replace(encoded, latent_mean=mean)
 
 
 def test_it_learns(tiny_pipe, data, tmp_path):

@@ -1,6 +1,6 @@
 """Tiny trainings: encoded images of random latents for the tiny pipeline, and quick settings."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -52,6 +52,13 @@ def make_encoded(pipe, count=24, *, seed=0, size=8):
         input_ids=input_ids,
         fingerprint=f"tiny-{count}-{seed}",
     )
+
+
+def spoil(encoded, index, value=float("nan")):
+    """The data with one bad number in the latents of one image."""
+    mean = encoded.latent_mean.clone()
+    mean[index, 0, 0, 0] = value
+    return replace(encoded, latent_mean=mean)
 
 
 def make_data(pipe):

@@ -13,7 +13,7 @@ IMAGES_NAME = "validation_images"
 
 
 def find_start(config: LoRAConfig, *, resume, overwrite):
-    """Returns the checkpoint to resume from, or None for a new run, whose folder it makes empty.
+    """Returns the checkpoint to resume from, or None for a new run.
 
     Raises:
         ValidationError: There is no run to resume, or something would be lost.
@@ -33,7 +33,7 @@ def find_start(config: LoRAConfig, *, resume, overwrite):
             f"{folder}: a training is there already. Resume it, overwrite it, or choose another "
             "output_folder."
         )
-    clear_run_folder(folder)
+    check_is_writable(folder)
     return None
 
 
@@ -49,20 +49,15 @@ def _check_same_settings(config, path):
             )
 
 
-def clear_run_folder(folder):
-    """Makes the folder, and removes what an earlier run, or one that never got going, left in it.
+def check_is_writable(folder):
+    """Makes the folder, and returns it if a file can be made in it.
 
     Raises:
         ValidationError: It cannot be written to.
     """
+    trial = folder / ".trial.part"
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        for name in (CONFIG_FILE, ADAPTER_FILE, REPORT_FILE):  # the first makes it a run
-            (folder / name).unlink(missing_ok=True)
-        for name in (FOLDER_NAME, IMAGES_NAME):
-            for leftover in (folder / name).glob("step_*"):
-                shutil.rmtree(leftover)
-        trial = folder / ".trial.part"
         trial.touch()
         trial.unlink()
     except OSError as error:
@@ -70,3 +65,13 @@ def clear_run_folder(folder):
             f"{folder}: cannot be written to ({error.strerror}). Expected a folder for the run; "
             "choose another output_folder."
         ) from error
+    return folder
+
+
+def clear_run_folder(folder):
+    """Removes what an earlier run, or one that never got going, left in a folder."""
+    for name in (CONFIG_FILE, ADAPTER_FILE, REPORT_FILE):  # the first makes it a run
+        (folder / name).unlink(missing_ok=True)
+    for name in (FOLDER_NAME, IMAGES_NAME):
+        for leftover in (folder / name).glob("step_*"):
+            shutil.rmtree(leftover)

@@ -203,9 +203,9 @@ def tell(run: TrainingRun, record: StepRecord, progress: Progress, bar, on_step)
     if not run.accelerator.is_main_process:
         return
     bar.n = progress.step
-    if record.dropped:
+    if record.dropped and not bar.disable:
         bar.write(str(record.dropped))
-    else:
+    elif not record.dropped:
         postfix = {"loss": f"{record.loss:.4f}", "lr": f"{record.learning_rate:.2g}"}
         if not find_emulation():
             postfix["images/s"] = f"{record.images_per_second:.1f}"

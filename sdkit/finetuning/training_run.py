@@ -36,7 +36,7 @@ from sdkit.finetuning.objective import make_noise_scheduler, measure_losses
 from sdkit.finetuning.optimizer import check_8bit_adam, make_optimizer
 from sdkit.finetuning.processes import find_device_type, from_main, make_accelerator, name_card
 from sdkit.finetuning.progress import LOSS_SCALE, Progress
-from sdkit.finetuning.run_start import CONFIG_FILE, find_start
+from sdkit.finetuning.run_start import CONFIG_FILE, clear_run_folder, find_start
 from sdkit.finetuning.training_dtype import choose_training_dtype
 from sdkit.guarding import remove_guard
 from sdkit.loading import load_pipeline
@@ -188,6 +188,8 @@ def _save_first(run):
         micro_batch=asdict(run.micro_batch),
         identity=run.identity,
     )
+    if run.accelerator.is_main_process:
+        clear_run_folder(run.folder)  # now that nothing can be wrong with the new one
     save(run, progress)
     if run.accelerator.is_main_process:
         run.config.save(run.folder / CONFIG_FILE)  # last: what has it is a run
