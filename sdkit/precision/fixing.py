@@ -115,7 +115,7 @@ def fix_model(
             )
     chosen = rungs[-1] if rungs[-1].is_proven else None
     folder.mkdir(parents=True, exist_ok=True)
-    how = HOW[chosen.name].format(folder=folder) if chosen else ""
+    how = HOW[chosen.name].replace("{folder}", str(folder)) if chosen else ""
     if chosen and chosen.recipe:
         chosen.recipe.save(folder / "recipe.json")
     if chosen and chosen.name == "rebalanced float16":

@@ -89,7 +89,15 @@ class Rung:
 
 
 def climb(
-    pipe, prompts, *, seed=0, stop_when_proven=False, progress=True, **pipe_kwargs
+    pipe,
+    prompts,
+    *,
+    seed=0,
+    reference=None,
+    every_rung=False,
+    stop_when_proven=False,
+    progress=True,
+    **pipe_kwargs,
 ) -> list[Rung]:
     """Runs the rungs in order, on the device or under the emulation that is active.
 
@@ -97,6 +105,8 @@ def climb(
         pipe: A pipeline in float32, with the attention that it failed with. It is left as it was.
         prompts: One prompt or a list.
         seed: Image i is drawn from seed + i.
+        reference: What it should draw, if its own float32 cannot tell: (N, H, W, 3) in [0, 1].
+        every_rung: Change the attention too where it is safe already, for a table without gaps.
         stop_when_proven: Stop at the first rung that cures.
         progress: Show the rungs.
         **pipe_kwargs: For the pipeline call.
@@ -110,9 +120,10 @@ def climb(
     prompts = [prompts] if isinstance(prompts, str) else list(prompts)
     rungs = []
     with unguarded(pipe):
-        with in_float32(pipe), fused_attention(pipe):
-            reference = check_reference(draw_images(pipe, prompts, seed, pipe_kwargs))
-        steps = list_steps(pipe, prompts, seed, pipe_kwargs)
+        if reference is None:
+            with in_float32(pipe), fused_attention(pipe):
+                reference = check_reference(draw_images(pipe, prompts, seed, pipe_kwargs))
+        steps = list_steps(pipe, prompts, seed, pipe_kwargs, every_rung)
         for name, change, applied in tqdm(steps, unit="rung", disable=not progress):
             rungs.append(
                 try_rung(pipe, name, change, applied, prompts, seed, pipe_kwargs, reference)
@@ -122,7 +133,7 @@ def climb(
     return rungs
 
 
-def list_steps(pipe, prompts, seed, pipe_kwargs):
+def list_steps(pipe, prompts, seed, pipe_kwargs, every_rung=False):
     """(name, change, how to apply it) of each rung that there is for this pipeline here."""
     half, brain = torch.float16, torch.bfloat16
     settings = find_settings()
@@ -135,7 +146,7 @@ def list_steps(pipe, prompts, seed, pipe_kwargs):
                 lambda: honest_kernel(pipe, settings),
             )
         )
-    if find_unsafe_processors(pipe):
+    if every_rung or find_unsafe_processors(pipe):
         steps += [
             ("float16, SDPA", "Fused attention.", lambda: with_attention(pipe, fused_attention)),
             ("float16, safe slicing", "Slices that read no fresh memory.",
