@@ -52,6 +52,7 @@ class Task:
         notebook_json: The notebook.
         notebook_folder: Where it works.
         takes_output: Whether the notebook is told where to write.
+        packages: What it imports that a kernel can have imported already.
         folder: The sweep's.
         token: What the sweep holds its folder with.
         timeout_seconds: For one attempt; None is no limit.
@@ -63,6 +64,7 @@ class Task:
     notebook_json: str
     notebook_folder: str
     takes_output: bool
+    packages: tuple[str, ...]
     folder: str
     token: str
     timeout_seconds: float | None
@@ -99,7 +101,7 @@ def execute_run(task):
 
 def _attempt(task, attempt):
     """Executes the notebook once, and returns what happened as plain values."""
-    zygote = warm_zygote()
+    zygote = warm_zygote(task.packages)
     zygote.wait_until_ready()
     manager_class, processes = make_manager_class(zygote, attempt / LOG_NAME)
     values = dict(task.values)

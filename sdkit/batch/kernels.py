@@ -19,12 +19,15 @@ from jupyter_client.provisioning.local_provisioner import LocalProvisioner
 _zygote, _zygote_lock = None, threading.Lock()
 
 
-def warm_zygote(threads=None):
-    """Returns this process's Zygote, started on the first call, and again where it has died."""
+def warm_zygote(packages, threads=None):
+    """Returns this process's Zygote, started on the first call, and again where it has died.
+
+    The first caller's arguments hold: a run that finds less warmed than it needs imports the rest.
+    """
     global _zygote
     with _zygote_lock:
         if _zygote is None or not _zygote.is_alive():
-            _zygote = Zygote(threads=threads).__enter__()
+            _zygote = Zygote(packages, threads=threads).__enter__()
         return _zygote
 
 
@@ -89,14 +92,16 @@ class Zygote:
         import_seconds: What the imports took, once.
     """
 
-    def __init__(self, *, threads=None):
+    def __init__(self, packages=(), *, threads=None):
         """Prepares; nothing starts yet.
 
         Args:
+            packages: Keys of `sdkit.batch.zygote.WARM`: what the notebook imports.
             threads: Threads for the arithmetic of each kernel; None leaves it to the machine, and
                 a variable OMP_NUM_THREADS that is set already wins.
         """
-        self.threads, self._lock, self._ready = threads, threading.Lock(), False
+        self.packages, self.threads = packages, threads
+        self._lock, self._ready = threading.Lock(), False
         self.trouble = self.folder = self.import_seconds = self._process = None
 
     def __enter__(self):
@@ -112,7 +117,14 @@ class Zygote:
             environment.setdefault("OMP_NUM_THREADS", str(self.threads))
         with theirs:
             self._process = subprocess.Popen(
-                [sys.executable, "-P", "-m", "sdkit.batch.zygote", str(theirs.fileno())],
+                [
+                    sys.executable,
+                    "-P",
+                    "-m",
+                    "sdkit.batch.zygote",
+                    str(theirs.fileno()),
+                    *self.packages,
+                ],  # fmt: skip
                 pass_fds=[theirs.fileno()],
                 env=environment,
                 stdin=subprocess.DEVNULL,

@@ -4,6 +4,7 @@ A run that was done is recognised by its id, on any day and from any grid: the s
 parameters, the same sdkit.
 """
 
+import ast
 import hashlib
 import json
 from dataclasses import asdict, dataclass
@@ -21,6 +22,7 @@ from sdkit.batch.parameters import (
     read_notebook,
     read_parameters,
 )
+from sdkit.batch.zygote import WARM
 from sdkit.run_folder import replace_file
 from sdkit.validation import ValidationError
 
@@ -52,6 +54,7 @@ class Plan:
         notebook_folder: Where it lies: runs work there, so that its relative paths hold.
         notebook_json: Its source.
         takes_output: Whether it has a parameter `output_folder`.
+        packages: What it imports that can be warmed; see `sdkit.batch.zygote`.
         varied: Names of the parameters that differ between runs.
         runs: In grid order.
     """
@@ -60,6 +63,7 @@ class Plan:
     notebook_folder: str
     notebook_json: str
     takes_output: bool
+    packages: tuple[str, ...]
     varied: tuple[str, ...]
     runs: tuple[Run, ...]
 
@@ -94,9 +98,30 @@ def make_plan(notebook_path, grid_source, *, here=True):
         notebook_folder=str(path.resolve().parent),
         notebook_json=nbformat.writes(notebook),
         takes_output=OUTPUT_NAME in parameters,
+        packages=find_packages(notebook),
         varied=tuple(varied),
         runs=runs,
     )
+
+
+def find_packages(notebook):
+    """Returns which packages that can be warmed a notebook imports.
+
+    All of them where a cell is no plain Python, as with a magic command.
+    """
+    found = set()
+    for cell in notebook.cells:
+        if cell.cell_type == "code":
+            try:
+                tree = ast.parse(cell.source)
+            except SyntaxError:
+                return tuple(WARM)
+            for node in ast.walk(tree):
+                if isinstance(node, ast.Import):
+                    found.update(alias.name.partition(".")[0] for alias in node.names)
+                elif isinstance(node, ast.ImportFrom):
+                    found.add((node.module or "").partition(".")[0])
+    return tuple(package for package in WARM if package in found)
 
 
 def save_plan(plan, folder):

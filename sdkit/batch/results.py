@@ -67,7 +67,7 @@ def save_results(table, folder):
     A list or a map in a cell is written as JSON: parquet holds one type a column.
     """
     plain = table.copy()
-    for name in plain.select_dtypes(include="object"):
+    for name in filter(lambda name: pd.api.types.is_object_dtype(plain[name]), plain):
         kinds = {type(value) for value in plain[name] if value is not None}
         if kinds - {str} and kinds != {bool}:
             plain[name] = [None if value is None else _as_text(value) for value in plain[name]]

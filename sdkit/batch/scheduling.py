@@ -13,6 +13,7 @@ from sdkit.batch.lock import is_held
 from sdkit.validation import ValidationError
 
 ACCELERATOR = "accelerator"
+NO_PAGE = "127.0.0.1:0"  # Dask always serves one: at least nobody else can reach it
 CONNECT_SECONDS = 10
 MOST_JOBS = 4  # by default: notebooks with a pipeline each take 2 GB and more
 
@@ -40,8 +41,8 @@ def connect(scheduler, *, jobs, has_device):
         # Threads of this process: they only wait for kernels, which are processes of their own.
         cluster = LocalCluster(
             n_workers=1, threads_per_worker=jobs, processes=False, memory_limit=0,
-            dashboard_address=None, resources={ACCELERATOR: 1} if has_device else {},
-            silence_logs="error",
+            dashboard_address=NO_PAGE, worker_dashboard_address=NO_PAGE,
+            resources={ACCELERATOR: 1} if has_device else {}, silence_logs="error",
         )  # fmt: skip
         with cluster, Client(cluster, set_as_default=False) as client:
             yield client

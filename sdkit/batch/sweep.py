@@ -12,7 +12,8 @@ from sdkit.batch.execution import ATTEMPTS, DONE, FAILURES, RUN_NAME, RUNS, Task
 from sdkit.batch.kernels import close_zygote, warm_zygote
 from sdkit.batch.lock import lock_folder
 from sdkit.batch.page import save_page
-from sdkit.batch.plan import make_plan, save_plan
+from sdkit.batch.parameters import read_notebook
+from sdkit.batch.plan import find_packages, make_plan, save_plan
 from sdkit.batch.results import load_results, save_results
 from sdkit.batch.scheduling import (
     MOST_JOBS,
@@ -70,7 +71,7 @@ def run_sweep(
     notebook = _find_notebook(notebook)
     threads = max(1, count_cores() // jobs)
     if scheduler is None:
-        warm_zygote(threads)  # it imports while the plan is made
+        warm_zygote(find_packages(read_notebook(notebook)), threads)  # while the plan is made
     try:
         plan = make_plan(notebook, grid, here=scheduler is None)
         folder = _make_folder(output or choose_folder(grid, notebook))
@@ -80,7 +81,7 @@ def run_sweep(
             tasks = [
                 Task(
                     run.run_id, run.values, plan.notebook_json, plan.notebook_folder,
-                    plan.takes_output, str(folder), token, timeout, retry,
+                    plan.takes_output, plan.packages, str(folder), token, timeout, retry,
                 )
                 for run in plan.runs
                 if not (folder / RUNS / run.run_id).is_dir()

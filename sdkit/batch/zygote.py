@@ -1,9 +1,10 @@
 """A process that has imported what every run imports, and forks a kernel whenever it is asked.
 
-A kernel that starts from nothing spends 8 to 10 s on importing torch and diffusers. One forked from
-here has them at once, and is a process image of its own: no model, patch or setting of one run is
-there in the next. Forking is only safe while one thread runs and no device has been touched, so
-nothing here computes, and a forked child has to pass a trial before any run is trusted to one.
+A kernel that starts from nothing spends 8 to 10 s on importing torch and diffusers (on 2 cores).
+One forked from here has them at once, and is a process image of its own: no model, patch or setting
+of one run is there in the next. Forking is only safe while one thread runs and no device has been
+touched, so nothing here computes, and a forked child has to pass a trial before any run is trusted
+to one.
 
 Nobody outlives anybody: the kernels end with this process, and this process with the one that
 started it, however that one ended.
@@ -25,23 +26,36 @@ import tempfile
 import time
 import traceback
 
-# What the notebooks import, and what matplotlib.pyplot does. pyplot itself must not be among them:
-# its inline backend looks for the running kernel when it is imported, and would show no figure.
-WARM = (
-    "numpy", "pandas", "PIL.Image", "skimage.metrics", "matplotlib.axes", "matplotlib.figure",
-    "matplotlib.widgets", "matplotlib.backends.backend_agg", "tqdm.auto", "torch", "diffusers",
-    "transformers", "ipykernel.kernelapp", "ipykernel.ipkernel", "sdkit.loading",
-    "sdkit.generation", "sdkit.diagnosis.ablation",
+ALWAYS = ("ipykernel.kernelapp", "ipykernel.ipkernel")
+_MATPLOTLIB = (
+    "matplotlib.axes", "matplotlib.figure", "matplotlib.widgets", "matplotlib.backends.backend_agg",
 )  # fmt: skip
+# What is imported for a notebook that imports a package. matplotlib.pyplot must not be: its inline
+# backend looks for the running kernel when it is imported, and would show no figure later.
+WARM = {
+    "numpy": ("numpy",),
+    "pandas": ("pandas",),
+    "PIL": ("PIL.Image",),
+    "skimage": ("skimage.metrics",),
+    "matplotlib": _MATPLOTLIB,
+    "torch": ("torch",),
+    "transformers": ("torch", "transformers"),
+    "diffusers": ("torch", "transformers", "diffusers"),
+    "peft": ("torch", "transformers", "peft"),
+    "sdkit": (
+        "pandas", "PIL.Image", "skimage.metrics", *_MATPLOTLIB, "tqdm.auto", "sdkit.loading",
+        "sdkit.generation", "sdkit.diagnosis.ablation",
+    ),
+}  # fmt: skip
 TRIAL_SECONDS = 60
 PR_SET_PDEATHSIG = 1  # <linux/prctl.h>
 
 
-def main(control):
+def main(control, packages):
     """Imports, tries a fork, says so over `control`, and serves until its other end is closed."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # an interrupt is for the sweep to handle
     started = time.perf_counter()
-    for name in WARM:
+    for name in (*ALWAYS, *(module for package in packages for module in WARM[package])):
         importlib.import_module(name)
     seconds = time.perf_counter() - started
     gc.collect()
@@ -67,21 +81,25 @@ def find_fork_problem():
     if pid == 0:
         code = 1
         try:
-            # Libraries that are not fork-safe abort or hang here, where it costs nothing.
             signal.alarm(TRIAL_SECONDS)
-            import torch
-
-            from sdkit.device import choose_device
-
-            device, _ = choose_device()
-            matrix = torch.ones(512, 512, device=device)
-            code = 0 if float((matrix @ matrix).sum()) == 512.0**3 else 2
+            code = 0 if "torch" not in sys.modules or _compute() else 2
         except BaseException:
             traceback.print_exc()
         finally:
             os._exit(code)
     code = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
     return None if code == 0 else f"a forked process failed its trial (exit code {code})"
+
+
+def _compute():
+    """Libraries that are not fork-safe abort or hang here, where it costs nothing."""
+    import torch
+
+    from sdkit.device import choose_device
+
+    device, _ = choose_device()
+    matrix = torch.ones(512, 512, device=device)
+    return float((matrix @ matrix).sum()) == 512.0**3
 
 
 def serve(control):
@@ -109,6 +127,7 @@ def serve(control):
                     if life is None:
                         for pid in kernels:
                             _kill_group(pid)
+                            os.waitpid(pid, 0)
                         return None
                     request = json.loads(life.makefile().readline())
                     parent = os.getpid()
@@ -143,10 +162,10 @@ def run_kernel(request):
         opened = os.open(path, flags | os.O_CREAT | os.O_APPEND, 0o644)
         os.dup2(opened, number)
         os.close(opened)
-    import numpy as np
     from ipykernel.kernelapp import IPKernelApp
 
-    np.random.seed()  # noqa: NPY002 - else every run would draw the same "random" numbers
+    if "numpy" in sys.modules:  # else every run would draw the same "random" numbers
+        sys.modules["numpy"].random.seed()
     arguments = ["-f", request["connection_file"], f"--IPKernelApp.parent_handle={os.getppid()}"]
     sys.argv = ["ipykernel_launcher", *arguments]
     IPKernelApp.launch_instance(argv=arguments)
@@ -208,4 +227,4 @@ def _send(connection, message):
 
 
 if __name__ == "__main__":
-    main(socket.socket(fileno=int(sys.argv[1])))
+    main(socket.socket(fileno=int(sys.argv[1])), sys.argv[2:])

@@ -1,0 +1,424 @@
+"""Sweeps as they are run: what is told of every ending, nothing lost, nothing twice, nobody left.
+
+Real kernels, real papermill, a real Dask; the notebooks import little, so that warming is quick.
+"""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from contextlib import contextmanager
+
+import pandas as pd
+import psutil
+import pytest
+from sweep_notebooks import write_behaving, write_notebook, write_slow
+from typer.testing import CliRunner
+
+from sdkit import load_results, run_sweep
+from sdkit.batch import scheduling
+from sdkit.batch.kernels import Zygote
+from sdkit.batch.lock import is_held, lock_folder
+from sdkit.cli import app
+from sdkit.validation import ValidationError
+
+SWEEP = (
+    "import json, sys; from sdkit import run_sweep; "
+    "run_sweep(*json.loads(sys.argv[1]), progress=False, **json.loads(sys.argv[2]))"
+)
+
+
+def sdkit(*arguments):
+    return CliRunner().invoke(app, [str(argument) for argument in arguments])
+
+
+def start_sweep(notebook, grid, **arguments):
+    """A sweep in a process of its own, to be killed."""
+    command = [sys.executable, "-c", SWEEP, json.dumps([str(notebook), grid])]
+    arguments = json.dumps({name: str(value) for name, value in arguments.items()})
+    return subprocess.Popen([*command, arguments], stderr=subprocess.DEVNULL)
+
+
+def wait_until(condition, seconds=90):
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline, "waited in vain"
+        time.sleep(0.05)
+
+
+def read_marks(folder):
+    return {path.name: path.read_text() for path in sorted(folder.glob("run_*"))}
+
+
+@pytest.fixture(scope="module")
+def marks(tmp_path_factory):
+    return tmp_path_factory.mktemp("marks")
+
+
+@pytest.fixture(scope="module")
+def swept(tmp_path_factory, marks):
+    """One sweep with every ending in it: its folder, and its results by mode."""
+    folder = tmp_path_factory.mktemp("swept")
+    notebook = write_behaving(folder / "n.ipynb", marks)
+    grid = {
+        "fixed": {"number": 3},
+        "grid": {"mode": ["ok", "raise", "die", "exit", "hang", "once"]},
+    }
+    table = run_sweep(
+        notebook, grid, output=folder / "out", jobs=3, retry=1, timeout=5, progress=False
+    )
+    return folder / "out", notebook, grid, table.set_index("mode")
+
+
+@pytest.mark.parametrize(
+    ("mode", "status", "attempts", "error", "cell"),
+    [
+        ("ok", "done", 1, None, None),
+        ("raise", "failed", 2, "ValueError: planted", 2),
+        ("die", "kernel-died", 2, "the kernel was killed from outside, as the system", 2),
+        ("exit", "kernel-died", 2, "the kernel ended by itself (exit code 3)", 2),
+        ("hang", "timeout", 2, "stopped after 5 s, the limit", 2),
+        ("once", "done", 2, None, None),
+    ],
+)
+def test_every_ending_is_told_and_the_rest_goes_on(swept, mode, status, attempts, error, cell):
+    row = swept[3].loc[mode]
+    assert (row["status"], row["attempts"]) == (status, attempts)
+    assert row["good"] == (status == "done")
+    if error is None:
+        assert pd.isna(row["error"]) and pd.isna(row["failed_cell"])
+        assert row["metric: half"] == 1.5
+    else:
+        assert row["error"].startswith(error)
+        assert row["failed_cell"] == cell and 'mode == "die"' in row["failed_source"]
+    assert row["kernel"] == "forked" and 0 < row["cpu_seconds"] < 60
+
+
+def test_results_read_back_the_same_from_all_three(swept):
+    folder, _, _, table = swept
+    loaded = load_results(folder)
+    assert loaded.attrs["varied"] == ["mode"]
+    pd.testing.assert_frame_equal(loaded.set_index("mode"), table)
+    for written in (
+        pd.read_csv(folder / "results.csv"),
+        pd.read_parquet(folder / "results.parquet"),
+    ):
+        assert list(written.columns) == list(loaded.columns)
+        assert list(written["run_id"]) == list(loaded["run_id"])
+        assert written["seconds"].tolist() == pytest.approx(loaded["seconds"].tolist())
+    assert (folder / "figure.png").stat().st_size > 1000
+    assert not (folder / "attempts").exists()
+
+
+def test_done_runs_are_skipped_and_failed_ones_are_not(swept):
+    folder, notebook, grid, table = swept
+    grid = {**grid, "grid": {"mode": ["ok", "raise"]}}
+    before = (folder / table.loc["ok", "path"] / "run.json").stat().st_mtime_ns
+    again = run_sweep(notebook, grid, output=folder, progress=False).set_index("mode")
+    assert (folder / again.loc["ok", "path"] / "run.json").stat().st_mtime_ns == before
+    assert list(again["status"]) == ["done", "failed"]
+    assert again.loc["raise", "attempts"] == 1  # without retry: it was run again
+    forced = run_sweep(
+        notebook, {"fixed": {"number": 3, "mode": "ok"}}, output=folder, force=True, progress=False
+    )
+    assert list(forced["status"]) == ["done"]
+    assert (folder / forced["path"][0] / "run.json").stat().st_mtime_ns > before
+
+
+LOAD = """
+import torch
+from sdkit import amplify, generate, load_pipeline
+fresh = not hasattr(torch, "planted") and float(torch.nn.functional.silu(torch.ones(1))) > 0
+pipe, report = load_pipeline("mini", backend="cpu", dtype="float32", progress=False)
+weight = float(pipe.unet.conv_in.weight.abs().max())
+"""
+SPOIL = """
+if ill:
+    amplify(pipe.unet, 12)
+    torch.planted = True
+    torch.nn.functional.silu = lambda x, inplace=False: x * float("nan")
+    torch.set_default_dtype(torch.float64)
+"""
+MEASURE = """
+import json, os, pathlib, numpy
+measured = {
+    "fresh": int(fresh), "weight": weight, "pid": os.getpid(), "parent": os.getppid(),
+    "after": float(pipe.unet.conv_in.weight.abs().max()), "random": float(numpy.random.rand()),
+    "bytes": torch.get_default_dtype().itemsize,
+}
+drawn = generate(
+    pipe, "red boots on grass", num_inference_steps=2, guidance_scale=2, image_size=64,
+    on_nonfinite="skip", progress=False,
+)
+folder = pathlib.Path(output_folder)
+folder.mkdir(parents=True)
+(folder / "metrics.json").write_text(json.dumps(measured | {"valid": drawn.valid_count}))
+"""
+
+
+def test_nothing_leaks_from_one_run_to_the_next(tmp_path):
+    """Both runs in one warm parent: the first amplifies the model and patches torch."""
+    notebook = write_notebook(
+        tmp_path / "n.ipynb", 'ill: bool = False\noutput_folder: str = "x"', LOAD, SPOIL, MEASURE
+    )
+    table = run_sweep(
+        notebook, {"grid": {"ill": [True, False]}}, output=tmp_path / "out", jobs=1, progress=False
+    )
+    assert list(table["status"]) == ["done", "done"], list(table["error"])
+    ill, healthy = table.to_dict("records")
+    assert ill["metric: after"] == ill["metric: weight"] * 2**12  # it was amplified
+    assert healthy["metric: after"] == healthy["metric: weight"] == ill["metric: weight"]
+    assert (ill["metric: valid"], healthy["metric: valid"]) == (0, 1)
+    assert healthy["metric: fresh"] == 1 and healthy["metric: bytes"] == 4
+    assert ill["metric: bytes"] == 8
+    assert ill["metric: parent"] == healthy["metric: parent"]  # the same warm parent
+    assert ill["metric: pid"] != healthy["metric: pid"]
+    assert ill["metric: random"] != healthy["metric: random"]
+
+
+def test_figures_are_shown_and_notebooks_run_in_their_folder(tmp_path):
+    notebook = write_notebook(
+        tmp_path / "n.ipynb",
+        "x: int = 1",
+        "import matplotlib.pyplot as plt\nplt.plot([1, 2])\nplt.show()",
+        "import os\nprint(os.getcwd())",
+    )
+    table = run_sweep(notebook, {"fixed": {"x": 2}}, output=tmp_path / "out", progress=False)
+    (path,) = table["path"]
+    cells = json.loads((tmp_path / "out" / path / "notebook.ipynb").read_text())["cells"]
+    outputs = [output for cell in cells for output in cell.get("outputs", [])]
+    assert any("image/png" in output.get("data", {}) for output in outputs)
+    assert [o["text"] for o in outputs if o["output_type"] == "stream"] == [[f"{tmp_path}\n"]]
+
+
+def test_killed_at_any_moment_and_started_again(tmp_path):
+    """Nothing is lost, nothing is done twice, and no kernel outlives the sweep."""
+    marks = tmp_path / "marks"
+    marks.mkdir()
+    notebook = write_slow(tmp_path / "n.ipynb", marks, 1.0)
+    grid, output = {"grid": {"number": [1, 2, 3, 4, 5]}}, tmp_path / "out"
+    for wanted in (0, 2):  # with none done, and later with two
+        process = start_sweep(notebook, grid, output=output)
+        begun = len(read_marks(marks))
+        wait_until(
+            lambda wanted=wanted, begun=begun: (
+                len(list(output.glob("runs/*"))) >= wanted and len(read_marks(marks)) > begun
+            )
+        )
+        family = psutil.Process(process.pid).children(recursive=True)
+        assert family
+        process.kill()
+        process.wait()
+        wait_until(lambda family=family: not any(_is_running(p) for p in family), seconds=10)
+    partial = load_results(output)
+    done = set(partial["run_id"][partial["status"] == "done"])
+    assert len(done) >= 2 and set(partial["status"]) == {"done", "waiting"}
+    ended = {name for name, text in read_marks(marks).items() if text.endswith("e")}
+    kept = {path: (output / path / "run.json").stat().st_mtime_ns for path in partial["path"][:2]}
+    table = run_sweep(notebook, grid, output=output, progress=False)
+    assert list(table["status"]) == ["done"] * 5
+    assert kept == {path: (output / path / "run.json").stat().st_mtime_ns for path in kept}
+    after = read_marks(marks)
+    for number in partial["number"][partial["status"] == "done"]:
+        assert after[f"run_{number}"].count("e") == 1  # what was done is not done again
+    assert all(text.endswith("e") for text in after.values()) and ended <= set(after)
+    assert sorted(os.listdir(output / "runs")) == sorted(table["run_id"])
+
+
+def _is_running(process):
+    try:
+        return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return False
+
+
+def test_a_half_written_run_is_never_taken_for_done(tmp_path, marks):
+    notebook = write_behaving(tmp_path / "n.ipynb", marks)
+    grid = {"fixed": {"mode": "ok"}}
+    (run_id,) = run_sweep(notebook, grid, output=tmp_path / "out", progress=False)["run_id"]
+    done = tmp_path / "out" / "runs" / run_id
+    half = tmp_path / "out" / "attempts" / f"{run_id}.0"
+    half.parent.mkdir()
+    done.rename(half)  # as a sweep leaves it that is killed just before the last step
+    assert list(load_results(tmp_path / "out")["status"]) == ["waiting"]
+    table = run_sweep(notebook, grid, output=tmp_path / "out", progress=False)
+    assert list(table["status"]) == ["done"] and not half.exists()
+
+
+def test_two_sweeps_on_one_folder(tmp_path, marks):
+    notebook = write_behaving(tmp_path / "n.ipynb", marks)
+    with lock_folder(tmp_path) as token:
+        assert is_held(tmp_path, token) and not is_held(tmp_path, "another")
+        with pytest.raises(ValidationError, match=f"another sweep is at work here.*{os.getpid()}"):
+            run_sweep(notebook, {"fixed": {"mode": "ok"}}, output=tmp_path, progress=False)
+    assert not is_held(tmp_path, token)
+    assert not (tmp_path / "runs").exists()
+
+
+def test_kernels_end_with_whoever_wanted_them(tmp_path):
+    with Zygote() as zygote:
+        zygote.wait_until_ready()
+        assert zygote.trouble is None
+        kernels = [_fork(zygote, tmp_path / f"{i}.json") for i in range(3)]
+        assert [kernel.poll() for kernel in kernels] == [None] * 3
+        kernels[0].kill()
+        assert kernels[0].wait() == -signal.SIGKILL and kernels[0].used["cpu_seconds"] > 0
+        kernels[1]._life.close()  # whoever asked for it is gone
+        wait_until(lambda: not psutil.pid_exists(kernels[1].pid), seconds=10)
+        assert kernels[2].poll() is None
+    assert kernels[2].wait() == -signal.SIGKILL
+    assert not psutil.pid_exists(kernels[2].pid) and not os.path.exists(zygote.folder)
+
+
+def test_kernels_end_when_the_warm_parent_is_killed(tmp_path):
+    with Zygote() as zygote:
+        zygote.wait_until_ready()
+        kernel = _fork(zygote, tmp_path / "k.json")
+        psutil.Process(zygote._process.pid).kill()
+        wait_until(lambda: not _is_running_pid(kernel.pid), seconds=10)
+        assert kernel.wait() == -signal.SIGKILL and not zygote.is_alive()
+
+
+def _is_running_pid(pid):
+    return psutil.pid_exists(pid) and _is_running(psutil.Process(pid))
+
+
+def _fork(zygote, connection_file):
+    from jupyter_client.connect import write_connection_file
+
+    write_connection_file(str(connection_file), transport="ipc", ip=str(connection_file) + "-ipc")
+    return zygote.fork(
+        connection_file, cwd=connection_file.parent, environment=dict(os.environ), log=os.devnull
+    )
+
+
+def test_where_nothing_can_be_forked_kernels_start_from_nothing(tmp_path, marks, monkeypatch):
+    wait = Zygote.wait_until_ready
+
+    def without_fork(self):
+        wait(self)
+        self.trouble = "this system cannot fork"
+
+    monkeypatch.setattr(Zygote, "wait_until_ready", without_fork)
+    notebook = write_behaving(tmp_path / "n.ipynb", marks)
+    table = run_sweep(
+        notebook, {"grid": {"mode": ["ok", "die"]}}, output=tmp_path / "out", jobs=2, progress=False
+    )
+    assert list(table["status"]) == ["done", "kernel-died"]
+    assert set(table["kernel"]) == {"from nothing: this system cannot fork"}
+
+
+@contextmanager
+def dask_cluster(folder, workers):
+    """A scheduler and workers started as by hand; yields its address and the worker processes."""
+    where = folder / "scheduler.json"
+    quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL, "cwd": folder}
+    dask = [sys.executable, "-m", "dask"]
+    started = [
+        subprocess.Popen(
+            [*dask, "scheduler", "--host", "127.0.0.1", "--port", "0", "--no-dashboard",
+             "--scheduler-file", str(where)], **quiet,
+        )
+    ]  # fmt: skip
+    try:
+        wait_until(where.exists)
+        started += [
+            subprocess.Popen(
+                [*dask, "worker", "--scheduler-file", str(where), "--nthreads", "1", "--no-nanny",
+                 "--no-dashboard", "--resources", "accelerator=1"], **quiet,
+            )
+            for _ in range(workers)
+        ]  # fmt: skip
+        yield json.loads(where.read_text())["address"], started[1:]
+    finally:
+        for process in started:
+            process.kill()
+            process.wait()
+
+
+def test_a_scheduler_and_two_workers_one_of_them_killed_in_the_middle(tmp_path):
+    marks = tmp_path / "marks"
+    marks.mkdir()
+    notebook = write_slow(tmp_path / "n.ipynb", marks, 1.0)
+    grid, output = {"grid": {"number": [1, 2, 3, 4, 5, 6]}}, tmp_path / "out"
+    with dask_cluster(tmp_path, 2) as (address, workers):
+        sweep = start_sweep(notebook, grid, output=output, scheduler=address)
+        wait_until(lambda: len(list(output.glob("runs/*"))) >= 2)
+        workers[0].kill()
+        assert sweep.wait(timeout=120) == 0
+        table = load_results(output)
+        assert list(table["status"]) == ["done"] * 6
+        after = read_marks(marks)
+        assert [text.count("e") for text in after.values()] == [1] * 6
+        assert sum(text.count("s") for text in after.values()) <= 7  # one was cut off at most
+        # A killed sweep is not worked for any longer, though the workers live.
+        more = {"grid": {"number": [11, 12, 13]}, "fixed": {"seconds": 30.0}}
+        sweep = start_sweep(notebook, more, output=output, scheduler=address)
+        wait_until(lambda: len(read_marks(marks)) > 6)
+        sweep.kill()
+        sweep.wait()
+        kernels = psutil.Process(workers[1].pid)
+        wait_until(lambda: len(kernels.children(recursive=True)) <= 1, seconds=15)
+        assert not any("e" in read_marks(marks).get(f"run_{n}", "") for n in (11, 12, 13))
+
+
+def test_schedulers_that_cannot_be_used(tmp_path, marks, monkeypatch):
+    monkeypatch.setattr(scheduling, "CONNECT_SECONDS", 1)
+    notebook = write_behaving(tmp_path / "n.ipynb", marks)
+    result = sdkit("sweep", notebook, _write_grid(tmp_path), "--scheduler", "tcp://127.0.0.1:9",
+                   "--output", tmp_path / "out")  # fmt: skip
+    assert result.exit_code == 2
+    assert "tcp://127.0.0.1:9: no Dask scheduler answers there" in result.stderr
+
+
+def _write_grid(tmp_path, text="grid: {mode: [ok]}"):
+    path = tmp_path / "grid.yaml"
+    path.write_text(text)
+    return path
+
+
+def test_the_exit_code_and_json_tell(tmp_path, marks):
+    notebook, output = write_behaving(tmp_path / "n.ipynb", marks), tmp_path / "out"
+    good = sdkit("sweep", notebook, _write_grid(tmp_path), "--output", output, "--json")
+    told = json.loads(good.stdout)
+    assert (good.exit_code, [run["status"] for run in told["runs"]]) == (0, ["done"])
+    assert told["runs"][0]["metric: half"] == 0.5 and told["folder"] == str(output)
+    grid = _write_grid(tmp_path, "grid: {mode: [ok, raise]}")
+    bad = sdkit("sweep", notebook, grid, "--output", output)
+    assert bad.exit_code == 1
+    assert "failed       mode=raise: ValueError: planted (cell 2)" in bad.stdout
+    assert "1 of 2 runs are good" in bad.stdout
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["missing.ipynb", "grid.yaml"], "missing.ipynb: no such notebook"),
+        (["n.ipynb", "missing.yaml"], "missing.yaml: no such file"),
+        (["n.ipynb", "grid.yaml", "--jobs", "0"], "jobs=0"),
+        (["n.ipynb", "grid.yaml", "--retry", "-1"], "retry=-1"),
+        (["n.ipynb", "grid.yaml", "--timeout", "0"], "timeout=0"),
+        (["n.ipynb", "grid.yaml", "--output", "n.ipynb"], "n.ipynb: cannot be written"),
+        (["n.ipynb", "grid.yaml", "--output", "/proc/out"], "/proc/out: cannot be written"),
+        (["n.ipynb", "wrong.yaml"], "wrong.yaml, line 2: 'mood' is no parameter"),
+    ],
+    ids=str,
+)
+def test_what_cannot_be_swept_exits_with_2_and_starts_nothing(
+    tmp_path, marks, monkeypatch, arguments, message
+):
+    monkeypatch.chdir(tmp_path)
+    write_behaving(tmp_path / "n.ipynb", marks)
+    _write_grid(tmp_path)
+    (tmp_path / "wrong.yaml").write_text("grid:\n  mood: [ok]\n")
+    result = sdkit("sweep", *arguments)
+    assert (result.exit_code, result.stdout) == (2, "")
+    assert message in result.stderr and len(result.stderr.splitlines()) == 1
+    assert not list(tmp_path.rglob("runs/*/*/*"))
+
+
+def test_no_sweep_to_read(tmp_path):
+    with pytest.raises(ValidationError, match="no sweep there"):
+        load_results(tmp_path)
