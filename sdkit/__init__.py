@@ -30,6 +30,8 @@ EXPORTS = {
     "run_sweep": "sdkit.batch.sweep",
     "load_results": "sdkit.batch.results",
     "LoRAConfig": "sdkit.finetuning",
+    "ImageCaptionDataset": "sdkit.finetuning.dataset",
+    "prepare_fashion_products": "sdkit.finetuning.fashion",
     "train_lora": "sdkit.finetuning",
 }
 __all__ = [*EXPORTS, "__version__"]

@@ -14,7 +14,7 @@ from typer.core import TyperGroup
 
 from sdkit.commands.options import INTERRUPTED, UNUSABLE
 
-COMMANDS = ("check", "demo", "doctor", "diagnose", "fix", "sweep", "train")
+COMMANDS = ("check", "demo", "doctor", "diagnose", "fix", "prepare", "sweep", "train")
 
 
 class Commands(TyperGroup):

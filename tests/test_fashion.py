@@ -1,0 +1,129 @@
+"""The download's real quirks, planted one by one."""
+
+import json
+
+import numpy as np
+import pytest
+from PIL import Image
+from typer.testing import CliRunner
+
+from sdkit.cli import app
+from sdkit.finetuning.fashion import COLUMNS, find_brand, prepare_fashion_products, read_styles
+from sdkit.validation import ValidationError
+
+ROW = "{id},Men,Footwear,Shoes,Casual Shoes,{colour},Summer,2011,{usage},{name}"
+
+
+def make_download(folder, count=20, extra=()):
+    (folder / "images").mkdir(parents=True)
+    lines = [",".join(COLUMNS)]
+    for i in range(count):
+        name = "Puma Men Black, White Shoes"
+        lines.append(ROW.format(id=1000 + i, colour="Black", usage="NA", name=name))
+        Image.new("RGB", (30, 40), (i, 0, 0)).save(folder / "images" / f"{1000 + i}.jpg")
+    (folder / "styles.csv").write_text("\n".join([*lines, *extra]) + "\n")
+    return folder
+
+
+def read_metadata(folder):
+    return [
+        json.loads(line)
+        for split in ("train", "validation", "test")
+        for line in (folder / split / "metadata.jsonl").read_text().splitlines()
+    ]
+
+
+def test_commas_and_na_and_the_caption(tmp_path):
+    source = make_download(tmp_path / "source")
+    prepared = prepare_fashion_products(source, tmp_path / "out", progress=False)
+    assert prepared.counts == {"train": 14, "validation": 3, "test": 3}
+    assert not prepared.skipped
+    entries = read_metadata(tmp_path / "out")
+    assert len({entry["file_name"] for entry in entries}) == 20
+    for entry in entries:
+        assert entry["productDisplayName"] == "Puma Men Black, White Shoes"
+        assert entry["usage"] is None
+        assert entry["text"] == (
+            "A professional product photo of black casual shoes for men by Puma, summer season, "
+            "centered on a pure white studio background"
+        )
+
+
+def test_pictures_are_square_with_white_beside(tmp_path):
+    prepare_fashion_products(make_download(tmp_path / "source"), tmp_path / "out", progress=False)
+    pixels = np.asarray(Image.open(next((tmp_path / "out" / "train").glob("*.png"))))
+    assert pixels.shape == (40, 40, 3)
+    assert (pixels[:, :5] == 255).all() and (pixels[:, -5:] == 255).all()
+    assert (pixels[:, 5:35] < 60).all()
+
+
+def test_what_cannot_be_used_is_named(tmp_path):
+    extra = [
+        ROW.format(id=7, colour="Red", usage="Casual", name="no image"),
+        ROW.format(id=8, colour="Red", usage="Casual", name="cut image"),
+        ROW.format(id=1000, colour="Red", usage="Casual", name="twice"),
+        "9,Men,too short",
+    ]
+    source = make_download(tmp_path / "source", extra=extra)
+    whole = (source / "images" / "1000.jpg").read_bytes()
+    (source / "images" / "8.jpg").write_bytes(whole[: len(whole) - 60])
+    prepared = prepare_fashion_products(source, tmp_path / "out", progress=False)
+    assert prepared.skipped.keys() == {"7", "8", "line 24", "line 25"}
+    assert prepared.skipped["7"] == "no image"
+    assert "truncated" in prepared.skipped["8"].lower()
+    assert "twice" in prepared.skipped["line 24"]
+    assert sum(prepared.counts.values()) == 20
+
+
+def test_second_copy_is_read_once_and_found_alone(tmp_path):
+    source = make_download(tmp_path / "source")
+    make_download(source / "myntradataset", count=25)
+    prepared = prepare_fashion_products(source, tmp_path / "out", progress=False)
+    assert sum(prepared.counts.values()) == 20
+    (source / "styles.csv").unlink()
+    prepared = prepare_fashion_products(source, tmp_path / "second", progress=False)
+    assert sum(prepared.counts.values()) == 25
+
+
+def test_split_goes_by_the_seed(tmp_path):
+    source = make_download(tmp_path / "source")
+    names = []
+    for place, seed in enumerate((42, 42, 43)):
+        prepare_fashion_products(source, tmp_path / f"{place}", seed=seed, progress=False)
+        names.append(sorted(p.name for p in (tmp_path / f"{place}" / "test").glob("*.png")))
+    assert names[0] == names[1] != names[2]
+
+
+def test_refusals(tmp_path):
+    source = make_download(tmp_path / "source")
+    with pytest.raises(ValidationError, match="no styles.csv"):
+        prepare_fashion_products(tmp_path, tmp_path / "out")
+    with pytest.raises(ValidationError, match="no product is of Hats"):
+        prepare_fashion_products(source, tmp_path / "out", article_types=["Hats"])
+    with pytest.raises(ValidationError, match="something already"):
+        prepare_fashion_products(source, source)
+    with pytest.raises(ValidationError, match="at least 2"):
+        prepare_fashion_products(source, tmp_path / "out", limit=1)
+    (source / "styles.csv").write_text("a,b\n")
+    with pytest.raises(ValidationError, match="begins with 'a,b'"):
+        read_styles(source / "styles.csv")
+    assert not (tmp_path / "out").exists()
+    assert len(list((source / "images").iterdir())) == 20
+
+
+def test_brand_is_what_stands_before_the_gender():
+    assert find_brand("Red Tape Men's Shoes") == "Red Tape"
+    assert find_brand("Men Shoes") is None
+    assert find_brand("A shoe") is None
+
+
+def test_command(tmp_path):
+    source = make_download(tmp_path / "source")
+    result = CliRunner().invoke(
+        app, ["prepare", str(source), str(tmp_path / "out"), "--limit", "10", "--json"]
+    )
+    assert result.exit_code == 0, result.output
+    assert sum(json.loads(result.stdout)["counts"].values()) == 10
+    result = CliRunner().invoke(app, ["prepare", str(tmp_path), str(tmp_path / "other")])
+    assert result.exit_code == 2
+    assert "no styles.csv" in result.output
