@@ -21,7 +21,7 @@ from planting import SELF_ATTENTION, find_module, scale_weights
 from tiny_pipelines import build_tiny_pipe, build_tiny_sd3_pipe, build_tiny_xl_pipe, build_vae
 
 from sdkit import ValidationError, amplify, load_pipeline, measure_headroom, rebalance
-from sdkit.emulate import float16_arithmetic
+from sdkit.emulate import float16_arithmetic, mps
 from sdkit.guarding import guard
 from sdkit.loading.sidecar import SIDECAR_NAME
 from sdkit.precision import RebalanceReport, save_rebalanced
@@ -182,6 +182,13 @@ def test_an_amplified_model_overflows_and_is_cured_exactly(model):
     assert rebalance(model).is_unchanged
     assert find_eps(model) == eps
     assert are_equal(model.state_dict().values(), state.values())
+
+
+def test_it_is_measured_and_moved_on_a_device_without_float64(unet):
+    amplify(unet, EXPONENT)
+    with mps(faults=()):  # which refuses float64, as MPS does
+        report = rebalance(unet)
+    assert report.exponents and report.error_without_sidecar > 0
 
 
 def test_a_natural_model_that_fits_is_left_alone(model):

@@ -9,6 +9,7 @@ from collections import Counter
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
+import numpy as np
 import torch
 from diffusers import AutoencoderKL
 from peft.tuners.tuners_utils import BaseTunerLayer
@@ -402,10 +403,13 @@ def measure_error_without_sidecar(model, calls, expected) -> float:
     finally:
         for path, eps in shift.eps.items():
             model.get_submodule(path).eps = eps
-    errors = sum(
-        float((f - e).double().square().sum()) for f, e in zip(found, expected, strict=True)
-    )
-    return math.sqrt(errors / sum(float(e.double().square().sum()) for e in expected))
+    errors = sum(sum_squares(f - e) for f, e in zip(found, expected, strict=True))
+    return math.sqrt(errors / sum(map(sum_squares, expected)))
+
+
+def sum_squares(values: torch.Tensor) -> float:
+    """In float64, on the host: MPS has none."""
+    return float(np.square(values.cpu().numpy(), dtype=np.float64).sum())
 
 
 def settle_upcast(model, *, is_changed, left):
