@@ -30,6 +30,7 @@ EXPORTS = {
     "run_sweep": "sdkit.batch.sweep",
     "load_results": "sdkit.batch.results",
     "LoRAConfig": "sdkit.finetuning",
+    "ImageCaptionDataset": "sdkit.finetuning",
     "ImageCaptionDataset": "sdkit.finetuning.dataset",
     "prepare_fashion_products": "sdkit.finetuning.fashion",
     "train_lora": "sdkit.finetuning",

@@ -101,7 +101,7 @@ def judge_image_file(path):
             return _bad("not-a-file", "not a regular file, expected an image file")
         if path.stat().st_size == 0:
             return _bad("empty-file", "the file is empty (0 bytes)")
-        with _strict_pillow():
+        with strict_pillow():
             return _judge_open_file(path)
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
         return _bad("too-large", f"not unpacked: {_one_line(error)}")
@@ -255,7 +255,7 @@ def _judge_open_file(path):
 
 
 @contextmanager
-def _strict_pillow():
+def strict_pillow():
     """Makes cut files errors, as Pillow does by default, where a training script allowed them."""
     allowed = ImageFile.LOAD_TRUNCATED_IMAGES
     ImageFile.LOAD_TRUNCATED_IMAGES = False

@@ -3,6 +3,9 @@
 import importlib
 
 EXPORTS = {
+    "ImageCaptionDataset": "sdkit.finetuning.dataset",
+    "EncodedDataset": "sdkit.finetuning.encoding",
+    "encode_dataset": "sdkit.finetuning.encoding",
     "LoRAConfig": "sdkit.finetuning.config",
     "StepRecord": "sdkit.finetuning.training",
     "TrainReport": "sdkit.finetuning.report",

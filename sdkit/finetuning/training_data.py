@@ -17,6 +17,7 @@ def load_data(pipe, config: LoRAConfig, accelerator, progress):
     options = {
         "resolution": config.resolution or pipe.unet.config.sample_size * factor,
         "strict": config.strict,
+        "tokenizer": pipe.tokenizer,
         "progress": progress and accelerator.is_main_process,
     }
     cache_folder = config.cache_folder or Path(config.output_folder).parent / "encoded"
