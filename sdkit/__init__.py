@@ -31,7 +31,6 @@ EXPORTS = {
     "load_results": "sdkit.batch.results",
     "LoRAConfig": "sdkit.finetuning",
     "ImageCaptionDataset": "sdkit.finetuning",
-    "ImageCaptionDataset": "sdkit.finetuning.dataset",
     "prepare_fashion_products": "sdkit.finetuning.fashion",
     "train_lora": "sdkit.finetuning",
 }

@@ -17,8 +17,8 @@ PROMISED = {
     "load_pipeline", "LoadReport", "generate", "RunRecord", "guard", "check_finite", "check_image",
     "check_image_file", "validate_image_array", "ValidationError", "describe_environment",
     "run_probes", "measure_headroom", "rebalance", "amplify", "plan_precision",
-    "predict_memory",
-    "ImageCaptionDataset", "prepare_fashion_products", "LoRAConfig", "train_lora", "run_sweep", "load_results",
+    "predict_memory", "ImageCaptionDataset", "prepare_fashion_products", "LoRAConfig",
+    "train_lora", "run_sweep", "load_results",
 }  # fmt: skip
 TOP_LEVEL = {
     "notebooks", "sdkit", "tests", "figures", "environment.yml", "README.md", "pyproject.toml",

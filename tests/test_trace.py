@@ -151,4 +151,50 @@ def test_a_float32_result_above_its_maximum_and_one_broken_on_the_way_are_told_a
     assert result.name == "range-overflow" and "No wider dtype" in result.remedy
     assert "float32_on_the_cpu" not in result.evidence
     inner = find_cause(trace(lambda x: nn.functional.layer_norm(x * 1e30, (4,))))
-    assert inner.name == "range-overflow" and "within the op" in inner.evidence["float32_on_the_cpu"]
+    assert (
+        inner.name == "range-overflow" and "within the op" in inner.evidence["float32_on_the_cpu"]
+    )
+
+
+def flatten(model, *, dtype=torch.float32):
+    """Puts all parameters into one buffer, as FSDP does, and gives the buffer back."""
+    parameters = list(model.parameters())
+    flat = torch.cat([p.detach().flatten() for p in parameters]).to(dtype)
+    for parameter, part in zip(
+        parameters, flat.split([p.numel() for p in parameters]), strict=True
+    ):
+        parameter.data = part.view(parameter.shape)
+    return flat
+
+
+@pytest.mark.parametrize("name", ["0.weight", "0.bias", "1.weight", "1.bias"])
+def test_weights_of_one_flat_buffer_are_told_apart(name):
+    model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
+    flatten(model)
+    with torch.no_grad():
+        model.get_parameter(name).view(-1)[1] = NAN
+        found = find_first_bad_op(lambda: model(torch.ones(2, 4)), {"unet": model})
+    assert found.bad_weights == (f"unet.{name}",)
+    assert find_cause(found).module == f"unet.{name[0]}"
+
+
+def test_of_a_flat_buffer_that_overflows_in_a_cast_the_parameter_is_named():
+    model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
+    with torch.no_grad():
+        model[0].bias[2] = 70000
+        flat = flatten(model)
+        found = find_first_bad_op(lambda: flat.half() * 0, {"unet": model})
+    cause = find_cause(found)
+    assert (cause.evidence["weights"], cause.module) == (["unet.0.bias"], "unet.0")
+    assert cause.evidence["overflowed_in_the_cast"]
+
+
+@pytest.mark.parametrize("make", [torch.zeros, torch.empty])
+def test_an_inf_in_one_half_of_a_buffer_outlives_what_is_written_to_the_other(make):
+    def fill(x):
+        buffer = make(4, 4)
+        buffer[:2] = (x.abs() + 100).exp()
+        buffer[2:] = x
+        return buffer * 0
+
+    assert trace(fill).op == "aten.exp.default"
