@@ -69,11 +69,9 @@ def find_cause(bad: BadOp) -> Cause:
     """Decides why an op gave NaN or Inf, by experiments on the op alone."""
     if bad.bad_weights:
         return blame_weights(bad, bad.bad_weights)
-    cast_weights = [
-        summary.note.partition(",")[0] for summary in bad.inputs if is_weight_note(summary.note)
-    ]
+    cast_weights = tuple(name for summary in bad.inputs for name in summary.weights)
     if "_to_copy" in bad.op and cast_weights:
-        return blame_weights(bad, tuple(cast_weights))
+        return blame_weights(bad, cast_weights)
     if bad.inherited:
         return Cause(
             "bad-input",
@@ -91,13 +89,9 @@ def find_cause(bad: BadOp) -> Cause:
     return judge_memory(bad) or judge_numbers(bad)
 
 
-def is_weight_note(note: str) -> bool:
-    return bool(note) and not note.startswith(("uninitialised", "ignored"))
-
-
 def blame_weights(bad: BadOp, names) -> Cause:
     """Bad weights; Inf and no NaN is what a cast to float16 makes of a weight above 65504."""
-    summaries = [s for s in bad.inputs if s.note.partition(",")[0] in names]
+    summaries = [summary for summary in bad.inputs if set(summary.weights) & set(names)]
     nan_count = sum(summary.nan_count for summary in summaries)
     inf_count = sum(summary.inf_count for summary in summaries)
     is_cast = "_to_copy" in bad.op or (

@@ -21,8 +21,8 @@ class TensorSummary:
         maximum: Greatest finite value, None without one.
         nan_count: Number of NaN values.
         inf_count: Number of infinite values.
-        note: "weight unet.conv_in.weight", "uninitialised memory (aten.empty.memory_format)",
-            "ignored by contract", or "".
+        weights: Names of the parameters and buffers that it is, or that lie in it.
+        note: "uninitialised memory of aten.empty.memory_format", "ignored by contract", or "".
     """
 
     name: str
@@ -34,6 +34,7 @@ class TensorSummary:
     maximum: float | None
     nan_count: int
     inf_count: int
+    weights: tuple[str, ...] = ()
     note: str = ""
 
     @property
@@ -48,8 +49,9 @@ class TensorSummary:
         bad = [f"{self.nan_count} NaN"] * bool(self.nan_count)
         bad += [f"{self.inf_count} Inf"] * bool(self.inf_count)
         counts = ", " + " and ".join(bad) if bad else ""
-        note = f" ({self.note})" if self.note else ""
-        return f"{self.name}: {self.dtype} {shape}{span}{counts}{note}"
+        more = [f"and {len(self.weights) - 1} more weights"] * (len(self.weights) > 1)
+        notes = ", ".join([*self.weights[:1], *more, *[self.note] * bool(self.note)])
+        return f"{self.name}: {self.dtype} {shape}{span}{counts}{f' ({notes})' if notes else ''}"
 
 
 @dataclass(frozen=True)
@@ -64,6 +66,7 @@ class OpCall:
         ignored: Names of arguments that the op by contract does not read.
         undefined: Names of arguments that nobody has written yet.
         places: {argument: identity of the memory it was in}.
+        weights: {argument: names of the parameters and buffers that lie in it}.
     """
 
     func: object
@@ -73,6 +76,7 @@ class OpCall:
     ignored: tuple[str, ...] = ()
     undefined: tuple[str, ...] = ()
     places: dict[str, int] = field(default_factory=dict)
+    weights: dict[str, tuple[str, ...]] = field(default_factory=dict)
 
     @property
     def named(self) -> dict:
@@ -91,7 +95,7 @@ class BadOp:
     """The first op of a call with finite inputs and a non-finite output, or with bad weights.
 
     Attributes:
-        op: The overload, "aten.baddbmm.default".
+        op: The overload, "aten.baddbmm.default"; None where memory changed between two ops.
         module: Dotted path from the pipeline of the module that ran it.
         source: "attention_processor.py:690 in get_attention_scores", the innermost line outside
             torch and sdkit; None where there is none.
@@ -103,10 +107,12 @@ class BadOp:
         bad_weights: Names of parameters and buffers with NaN or Inf among its inputs.
         inherited: Names of arguments that were bad already and that no op of this call had made.
         swallowed_by: Where the NaN was lost again, if it was: "vae.decoder: aten.clamp.default".
+        changed_after: The op that had left the tensor finite, where memory changed without an op.
+        hooks: Then, what others hooked to the module: "spoil (own.py:12)".
         call: For running it again; not in the JSON.
     """
 
-    op: str
+    op: str | None
     module: str
     source: str | None
     source_line: str | None
@@ -117,18 +123,20 @@ class BadOp:
     bad_weights: tuple[str, ...] = ()
     inherited: tuple[str, ...] = ()
     swallowed_by: str | None = None
+    changed_after: str | None = None
+    hooks: tuple[str, ...] = ()
     call: OpCall | None = field(default=None, repr=False, compare=False)
 
     def to_dict(self) -> dict:
         """Everything but the live tensors, as JSON types."""
         kept = {name: value for name, value in vars(self).items() if name != "call"}
         for name in ("inputs", "outputs"):
-            kept[name] = [vars(summary) | {"note": summary.note} for summary in kept[name]]
+            kept[name] = [vars(summary) for summary in kept[name]]
         return kept
 
     def __str__(self):
         """A few lines: where, what went in, what came out."""
-        lines = [f"{self.module}: {self.op}"]
+        lines = [f"{self.module}: {self.op or f'changed after {self.changed_after}'}"]
         if self.source:
             lines.append(f"  at {self.source}: {self.source_line}")
         lines += [f"  in   {summary}" for summary in self.inputs]
@@ -139,7 +147,7 @@ class BadOp:
         return "\n".join(lines)
 
 
-def summarize(name: str, tensor: torch.Tensor, note: str = "") -> TensorSummary:
+def summarize(name: str, tensor: torch.Tensor, weights=(), note: str = "") -> TensorSummary:
     """Counts and extremes of a tensor, judged on a float64 copy on the CPU.
 
     A device whose own clamp or max hides NaN cannot judge itself.
@@ -164,5 +172,6 @@ def summarize(name: str, tensor: torch.Tensor, note: str = "") -> TensorSummary:
         maximum=maximum,
         nan_count=nan_count,
         inf_count=inf_count,
+        weights=weights,
         note=note,
     )

@@ -197,7 +197,7 @@ def caption(summary) -> str:
     )
     bad = f"{summary.nan_count} NaN, {summary.inf_count} Inf"
     note = "nobody wrote it; beta=0: ignore it" if "ignored" in summary.note else ""
-    note = note or summary.note.partition(",")[0]
+    note = note or "".join(summary.weights[:1]) or summary.note
     return "\n".join([f"{summary.dtype} {shape}", finite, bad, note])
 
 

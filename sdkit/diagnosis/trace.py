@@ -13,13 +13,10 @@ Four rules keep it honest:
 - Numbers are judged outside the emulation, and counted on copies on the CPU.
 """
 
-import linecache
 import math
-import sys
 from collections import deque
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
-from pathlib import Path
 
 import torch
 from torch.multiprocessing.reductions import StorageWeakRef
@@ -35,6 +32,8 @@ from sdkit.diagnosis.op_traits import (
     name_tensors,
     read_traits,
 )
+from sdkit.diagnosis.source_line import find_source
+from sdkit.diagnosis.storage import WeightNames, fills_storage, storage_of
 from sdkit.emulate.mode import is_composite, suspended
 from sdkit.finding import find_tensors
 from sdkit.loading.lifting import LOW_DTYPES
@@ -45,8 +44,6 @@ FLUSHED_SHARE = 0.5
 CUTTING_OPS = frozenset(
     {"clamp", "clamp_min", "clamp_max", "hardtanh", "maximum", "minimum", "nan_to_num", "where"}
 )
-TORCH_FOLDER = str(Path(torch.__file__).parent)
-OWN_FOLDER = str(Path(__file__).parent.parent)
 FILLS = {"zeros": 0.0, "nan": float("nan")}
 
 
@@ -97,7 +94,7 @@ class OpTrace(TorchDispatchMode):
         self.before = deque(maxlen=OPS_BEFORE)
         self.undefined = {}  # {storage: op that gave it out}
         self.suspects = {}  # {storage that holds an Inf: the BadOp that made the Inf}
-        self.weights = {}  # {storage: name}
+        self.weights = WeightNames()
         self.held = []  # weak references: while one is held, no other storage gets that identity
 
     @contextmanager
@@ -107,7 +104,7 @@ class OpTrace(TorchDispatchMode):
             for root, component in self.path.modules.items():
                 for kind in (component.named_parameters, component.named_buffers):
                     for name, tensor in kind():
-                        self.weights[storage_of(tensor)] = plain_path(f"{root}.{name}")
+                        self.weights.add(plain_path(f"{root}.{name}"), tensor)
             undo.enter_context(self.path.followed())
             undo.enter_context(self)
             yield self
@@ -121,13 +118,15 @@ class OpTrace(TorchDispatchMode):
             return func(*args, **kwargs)
         named = name_arguments(func, args, kwargs)
         ignored = find_ignored(func, named)
-        places = {name: storage_of(tensor) for name, tensor in name_tensors(named)}
+        tensors = dict(name_tensors(named))
+        places = {name: storage_of(tensor) for name, tensor in tensors.items()}
+        weights = {n: names for n, t in tensors.items() if (names := self.weights.find(t))}
         kept = keep_overwritten(func, args, kwargs, ignored)
         result = func(*args, **kwargs)
         with suspended():
             undefined = tuple(name for name, place in places.items() if place in self.undefined)
             outputs = tuple(find_tensors(result))
-            self._look(OpCall(func, *kept, outputs, tuple(ignored), undefined, places))
+            self._look(OpCall(func, *kept, outputs, tuple(ignored), undefined, places, weights))
         return result
 
     def _look(self, call):
@@ -150,13 +149,15 @@ class OpTrace(TorchDispatchMode):
         bad_outputs = [tensor for tensor in call.output if not is_finite(tensor)]
         if not bad_outputs:
             self._look_for_swallowing(call)
-            for tensor in call.output:
+            for tensor in filter(fills_storage, call.output):
                 self.suspects.pop(storage_of(tensor), None)
             return
         bad = {name: tensor for name, tensor in call.inputs.items() if not is_finite(tensor)}
-        weights = tuple(self.weights[p] for p in map(call.places.get, bad) if p in self.weights)
-        rest = [n for n in bad if call.places[n] not in self.weights and n not in call.undefined]
-        suspects = (self.suspects.get(call.places[name]) for name in rest)
+        dtype = bad_outputs[0].dtype
+        blamed = {n: self.weights.find_bad(call.weights.get(n, ()), dtype) for n in bad}
+        weights = tuple(name for names in blamed.values() for name in names)
+        rest = [n for n in bad if not blamed[n] and n not in call.undefined]
+        suspects = (self.suspects.get(call.places[n]) for n in bad if not blamed[n])
         made_by = next(filter(None, suspects), None)
         has_nan = any(map(has_nan_in, bad_outputs))
         came_with_it = (
@@ -217,7 +218,7 @@ class OpTrace(TorchDispatchMode):
         tensors = name_tensors(call.named)
         written = [(call.places[n], t) for n, t in tensors if n.partition("[")[0] in traits.written]
         for place, tensor in (*written, *((storage_of(t), t) for t in call.output)):
-            if tensor.untyped_storage().nbytes() == tensor.numel() * tensor.element_size():
+            if fills_storage(tensor):
                 self.undefined.pop(place, None)
 
     def _describe(self, call, weights=(), inherited=()) -> BadOp:
@@ -229,7 +230,7 @@ class OpTrace(TorchDispatchMode):
             source=source,
             source_line=line,
             inputs=tuple(
-                summarize(name, tensor, self._note(call, name))
+                summarize(name, tensor, self._name_weights(call, name), self._note(call, name))
                 for name, tensor in name_tensors(call.named)
             ),
             outputs=tuple(
@@ -243,12 +244,17 @@ class OpTrace(TorchDispatchMode):
             call=call,
         )
 
+    def _name_weights(self, call, name) -> tuple[str, ...]:
+        """The weights that an argument is; of many in one buffer the bad ones, if there are any."""
+        names = call.weights.get(name, ())
+        bad = len(names) > 1 and self.weights.find_bad(names, call.output[0].dtype)
+        return bad or names
+
     def _note(self, call, name) -> str:
         """What there is to know of one argument."""
-        place = call.places[name]
-        notes = [self.weights[place]] if place in self.weights else []
+        notes = []
         if name in call.undefined:
-            notes.append(f"uninitialised memory of {self.undefined[place]}")
+            notes.append(f"uninitialised memory of {self.undefined[call.places[name]]}")
         if name.partition("[")[0] in call.ignored:
             notes.append("ignored by contract")
         return ", ".join(notes)
@@ -297,21 +303,3 @@ def is_mask(named, outputs) -> bool:
 def is_constant(named) -> bool:
     """Whether a NaN was written as a number: a suspect, for nobody may ever read it."""
     return any(isinstance(value, float) and math.isnan(value) for value in named.values())
-
-
-def storage_of(tensor) -> int:
-    """Identity of the memory behind a tensor, for as long as it lives."""
-    return tensor.untyped_storage()._cdata
-
-
-def find_source() -> tuple[str | None, str | None]:
-    """("file.py:12 in function", the line) of the innermost frame outside torch and sdkit."""
-    frame = sys._getframe(1)
-    while frame:
-        path = frame.f_code.co_filename
-        if not path.startswith((TORCH_FOLDER, OWN_FOLDER, "<")) and "contextlib" not in path:
-            line = linecache.getline(path, frame.f_lineno).strip()
-            where = f"{Path(path).name}:{frame.f_lineno} in {frame.f_code.co_name}"
-            return where, line
-        frame = frame.f_back
-    return None, None
