@@ -5,6 +5,7 @@ Real kernels, real papermill, a real Dask; the notebooks import little, so that 
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -278,7 +279,7 @@ def test_kernels_end_when_the_warm_parent_is_killed(tmp_path):
         kernel = _fork(zygote, tmp_path / "k.json")
         psutil.Process(zygote._process.pid).kill()
         wait_until(lambda: not _is_running_pid(kernel.pid), seconds=10)
-        assert kernel.wait() == -signal.SIGKILL and not zygote.is_alive()
+        assert kernel.wait() == -signal.SIGKILL and zygote.is_lost()
 
 
 def _is_running_pid(pid):
@@ -422,3 +423,99 @@ def test_what_cannot_be_swept_exits_with_2_and_starts_nothing(
 def test_no_sweep_to_read(tmp_path):
     with pytest.raises(ValidationError, match="no sweep there"):
         load_results(tmp_path)
+
+
+def test_one_device_runs_one_notebook_at_a_time(tmp_path, monkeypatch):
+    """Three jobs, but a device that two cannot share; what says "cpu" does not need it."""
+    monkeypatch.setattr("sdkit.batch.sweep._has_device", lambda backends: backends != {"cpu"})
+    spans = {}
+    for backend in ("auto", "cpu"):
+        folder = tmp_path / backend
+        folder.mkdir()
+        notebook = write_notebook(
+            folder / "n.ipynb",
+            f'number: int = 1\nbackend: str = "{backend}"\nmarks: str = {str(folder)!r}',
+            "import pathlib, time\nbegun = time.time()\ntime.sleep(1)\n"
+            "(pathlib.Path(marks) / f'run_{number}').write_text(f'{begun} {time.time()}')",
+        )
+        grid = {"grid": {"number": [1, 2, 3]}}
+        table = run_sweep(notebook, grid, output=folder / "out", jobs=3, progress=False)
+        assert set(table["status"]) == {"done"}
+        spans[backend] = sorted(
+            tuple(map(float, text.split())) for text in read_marks(folder).values()
+        )
+    pairs = {backend: list(zip(found, found[1:], strict=False)) for backend, found in spans.items()}
+    assert all(before[1] <= after[0] for before, after in pairs["auto"])
+    assert any(before[1] > after[0] for before, after in pairs["cpu"])
+
+
+def test_a_warm_parent_that_cannot_import_is_told_and_done_without(tmp_path, monkeypatch):
+    broken = tmp_path / "broken"
+    broken.mkdir()
+    (broken / "skimage").mkdir()
+    (broken / "skimage" / "__init__.py").write_text("raise ImportError('planted')")
+    monkeypatch.setenv("PYTHONPATH", str(broken))
+    notebook = write_notebook(tmp_path / "n.ipynb", "x: int = 1", "if x > 1:\n    import skimage")
+    table = run_sweep(
+        notebook, {"grid": {"x": [1, 2]}}, output=tmp_path / "out", jobs=1, progress=False
+    )
+    assert list(table["status"]) == ["done", "failed"]
+    assert set(table["kernel"]) == {"from nothing: the warm parent ended (ImportError: planted)"}
+    assert table["error"][1] == "ImportError: planted"
+
+
+def test_names_paths_and_values_that_could_be_mistaken(tmp_path):
+    """A parameter named like a result, braces in a path, markup and line ends in a value."""
+    notebook = write_notebook(
+        tmp_path / "n.ipynb",
+        'seconds: float = 1.0\nprompt: str = ""\nshape: list = [1]\noutput_folder: str = ""',
+        "import pathlib\npathlib.Path(output_folder).mkdir(parents=True)\nprint(repr(prompt))",
+    )
+    prompts = ['<script>alert("x")</script>', "two\nlines\tand {cards} for $x^$"]
+    grid = {"grid": {"prompt": prompts, "shape": [[1, 2], [3]]}, "fixed": {"seconds": 2}}
+    folder = tmp_path / "{a} folder{b"
+    table = run_sweep(notebook, grid, output=folder, progress=False)
+    assert set(table["status"]) == {"done"}
+    assert set(table["parameter: seconds"]) == {2.0} and table["seconds"].max() != 2.0
+    assert list(load_results(folder)["shape"]) == [[1, 2], [3]] * 2
+    assert list(pd.read_parquet(folder / "results.parquet")["shape"]) == ["[1, 2]", "[3]"] * 2
+    page = (folder / "index.html").read_text()
+    assert "<script>alert" not in page and "&lt;script&gt;alert" in page
+    assert page.count("<article ") == 4 and "and {cards}" in page
+
+
+def test_the_page_asks_nobody_for_anything(swept):
+    folder, *_ = swept
+    pages = [folder / "index.html", *folder.glob("*/*/notebook.html")]
+    assert len(pages) >= 6
+    for page in pages:
+        asked = re.findall(r"""(?:src|href)=["']([^"']+)|url\(([^)]+)|@import""", page.read_text())
+        links = {first or second for first, second in asked}
+        assert not [link for link in links if re.match(r"(https?:)?//", link)], page
+    index = pages[0].read_text()
+    linked = re.findall(r'href="([^"]+\.html)"', index)
+    assert len(linked) == 6 and all((folder / link).is_file() for link in linked)
+    assert '<select data-name="mode">' in index and 'name="viewport"' in index
+    assert "color-scheme: light dark" in index
+
+
+def test_an_interrupt_leaves_a_table_and_no_kernel(tmp_path):
+    marks = tmp_path / "marks"
+    marks.mkdir()
+    notebook = write_slow(tmp_path / "n.ipynb", marks, 1.0)
+    grid = tmp_path / "g.yaml"
+    grid.write_text("grid: {number: {from: 1, to: 9, step: 1}}")
+    command = [sys.executable, "-m", "sdkit", "sweep", str(notebook), str(grid)]
+    process = subprocess.Popen(
+        [*command, "--output", str(tmp_path / "out"), "--jobs", "2"],
+        stderr=subprocess.PIPE, text=True,
+    )  # fmt: skip
+    wait_until(lambda: len(list((tmp_path / "out").glob("runs/*"))) >= 1)
+    family = psutil.Process(process.pid).children(recursive=True)
+    process.send_signal(signal.SIGINT)
+    _, said = process.communicate(timeout=30)
+    assert process.returncode == 130 and said.splitlines()[-1] == "interrupted"
+    assert not any(_is_running(member) for member in family)
+    written = pd.read_csv(tmp_path / "out" / "results.csv")
+    assert {"done", "waiting"} == set(written["status"]) and len(written) == 9
+    assert not (tmp_path / "out" / "failed").exists()

@@ -112,7 +112,7 @@ def _attempt(task, attempt):
         try:
             papermill.execute_notebook(
                 nbformat.reads(task.notebook_json, as_version=4),
-                str(path),
+                str(path).replace("{", "{{").replace("}", "}}"),  # papermill formats it
                 parameters=values,
                 progress_bar=False,
                 kernel_manager_class=manager_class,
@@ -134,7 +134,7 @@ def _attempt(task, attempt):
                 **_find_running_cell(path, task, values),
             }
     seconds = time.perf_counter() - started
-    if watch.stopped == "gone" or not zygote.is_alive():
+    if watch.stopped == "gone" or zygote.is_closed:
         raise SweepGone(f"{task.run_id}: the sweep that wanted it has ended.")
     log = attempt / LOG_NAME
     if happened["status"] == DONE or (log.exists() and not log.stat().st_size):

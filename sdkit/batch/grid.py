@@ -19,7 +19,6 @@ import itertools
 import math
 import re
 from dataclasses import dataclass, field
-from importlib import resources
 from pathlib import Path
 
 import yaml
@@ -27,6 +26,7 @@ import yaml
 from sdkit.validation import ValidationError
 
 KEYS = ("fixed", "grid", "zip", "exclude", "max_runs")
+BUNDLED = Path(__file__).parent.parent / "grids"
 MAX_RUNS = 500
 SIGNIFICANT_DIGITS = 12  # of what a range computes: 0.3, not 0.30000000000000004
 
@@ -110,11 +110,10 @@ def find_grid(source):
     """Returns the path of a grid: a file, or one of the package by its name."""
     if Path(source).is_file():
         return Path(source)
-    bundled = Path(str(resources.files("sdkit") / "grids"))
-    path = bundled / f"{Path(source).name.removesuffix('.yaml')}.yaml"
+    path = BUNDLED / f"{Path(source).stem}.yaml"
     if path.is_file() and len(Path(source).parts) == 1:
         return path
-    names = ", ".join(sorted(found.stem for found in bundled.glob("*.yaml")))
+    names = ", ".join(sorted(found.stem for found in BUNDLED.glob("*.yaml")))
     raise ValidationError(f"{source}: no such file. Expected a grid in YAML, or one of {names}.")
 
 

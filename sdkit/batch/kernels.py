@@ -10,6 +10,7 @@ import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import threading
 import uuid
 
@@ -20,13 +21,13 @@ _zygote, _zygote_lock = None, threading.Lock()
 
 
 def warm_zygote(packages, threads=None):
-    """Returns this process's Zygote, started on the first call, and again where it has died.
+    """Returns this process's Zygote, started on the first call, and again where it was killed.
 
     The first caller's arguments hold: a run that finds less warmed than it needs imports the rest.
     """
     global _zygote
     with _zygote_lock:
-        if _zygote is None or not _zygote.is_alive():
+        if _zygote is None or _zygote.is_lost():
             _zygote = Zygote(packages, threads=threads).__enter__()
         return _zygote
 
@@ -55,6 +56,8 @@ def make_manager_class(zygote, log):
 
     class Provisioner(LocalProvisioner):
         async def launch_kernel(self, cmd, **kwargs):
+            if zygote.threads:
+                kwargs["env"].setdefault("OMP_NUM_THREADS", str(zygote.threads))
             if zygote.trouble:
                 await super().launch_kernel(cmd, **kwargs)
             else:
@@ -90,6 +93,7 @@ class Zygote:
         trouble: Why no kernel can be forked here, or None; known once it is ready.
         folder: Where connection files and sockets go; it vanishes with the process.
         import_seconds: What the imports took, once.
+        is_closed: Whether its context has been left: the sweep is over.
     """
 
     def __init__(self, packages=(), *, threads=None):
@@ -103,10 +107,12 @@ class Zygote:
         self.packages, self.threads = packages, threads
         self._lock, self._ready = threading.Lock(), False
         self.trouble = self.folder = self.import_seconds = self._process = None
+        self.is_closed = False
 
     def __enter__(self):
         """Starts the process, which imports on its own; `wait_until_ready` before the first use."""
         self._control, theirs = socket.socketpair()
+        self._stderr = tempfile.TemporaryFile()  # noqa: SIM115 - closed with the process
         environment = os.environ | {
             # Looking whether there is a card must not start CUDA, which no fork would survive.
             "PYTORCH_NVML_BASED_CUDA_CHECK": "1",
@@ -129,21 +135,23 @@ class Zygote:
                 env=environment,
                 stdin=subprocess.DEVNULL,
                 stdout=subprocess.DEVNULL,
-                stderr=subprocess.PIPE,
+                stderr=self._stderr,
                 start_new_session=True,  # an interrupt from the keyboard is for the sweep alone
             )
         return self
 
     def __exit__(self, *error):
         """Ends the process; it takes every kernel with it."""
+        self.is_closed = True
         if not self._ready:  # still importing: it has forked nothing, and would hear late
             self._process.kill()
         self._control.close()
-        self._process.communicate()
+        self._process.wait()
+        self._stderr.close()
 
-    def is_alive(self):
-        """Whether the process is there."""
-        return self._process.poll() is None
+    def is_lost(self):
+        """Whether it was of use and is not there any more, as where memory ran out."""
+        return self.trouble is None and self._process.poll() is not None
 
     def wait_until_ready(self):
         """Waits for the imports and the trial; afterwards `trouble` is known."""
@@ -155,8 +163,11 @@ class Zygote:
                 for name, value in json.loads(line).items():
                     setattr(self, name, value)
             else:
-                reason = self._process.stderr.read().decode(errors="replace").strip()
-                self.trouble = "the warm parent ended: " + (reason or "no reason").splitlines()[-1]
+                self._process.wait()
+                self._stderr.seek(0)
+                lines = self._stderr.read().decode(errors="replace").split("\n")
+                reason = next((line for line in reversed(lines) if line.strip()), "no reason given")
+                self.trouble = f"the warm parent ended ({reason})"
             self._ready = True
 
     def fork(self, connection_file, *, cwd, environment, log):

@@ -3,6 +3,7 @@
 import base64
 import html
 import io
+import re
 from pathlib import Path
 
 from sdkit.batch.execution import PAGE_NAME
@@ -28,15 +29,16 @@ def save_page(table, folder):
     rows = list_rows(table)
     cards = [_card(folder, row, varied) for row in rows]
     fixed = [f"{name} = {table[name].iloc[0]}" for name in _parameters(table) if name not in varied]
-    page = (
-        PAGE.replace("{title}", html.escape(table.attrs["notebook"].removesuffix(".ipynb")))
-        .replace("{count}", str(len(table)))
-        .replace("{good}", str(int(table["good"].sum())))
-        .replace("{fixed}", html.escape(" · ".join(fixed)))
-        .replace("{figure}", FIGURE_NAME)
-        .replace("{filters}", "".join(_filter(rows, name) for name in ("status", *varied)))
-        .replace("{cards}", "\n".join(cards))
-    )
+    parts = {
+        "title": html.escape(table.attrs["notebook"].removesuffix(".ipynb")),
+        "count": str(len(table)),
+        "good": str(int(table["good"].sum())),
+        "fixed": html.escape(" · ".join(fixed)),
+        "figure": FIGURE_NAME,
+        "filters": "".join(_filter(rows, name) for name in ("status", *varied)),
+        "cards": "\n".join(cards),
+    }
+    page = re.sub(rf"\{{({'|'.join(parts)})\}}", lambda found: parts[found[1]], PAGE)
     path = folder / INDEX_NAME
     with replace_file(path) as temporary:
         temporary.write_text(page, encoding="utf-8")
@@ -59,7 +61,9 @@ def _filter(rows, name):
 
 def _word(row, name):
     """What a filter compares; a run that is done and found something invalid is "invalid"."""
-    return (describe_problem(row) or "good") if name == "status" else str(row[name])
+    if name == "status":
+        return describe_problem(row) or "good"
+    return " ".join(str(row[name]).split())  # on one line: tags are told apart by theirs
 
 
 def _card(folder, row, varied):

@@ -11,6 +11,11 @@ from sdkit.run_folder import METRICS_NAME, VERDICTS_NAME, replace_file
 from sdkit.validation import ValidationError
 
 WAITING = "waiting"
+LEADING = ("verdicts", "images_valid", "images")
+TRAILING = (
+    "seconds", "cpu_seconds", "peak_memory_gib", "attempts", "kernel", "error", "failed_cell",
+    "failed_source", "path",
+)  # fmt: skip
 CSV_NAME, PARQUET_NAME = "results.csv", "results.parquet"
 
 
@@ -41,19 +46,23 @@ def load_results(folder):
             "wrote."
         ) from error
     rows = [_read_row(folder, run) for run in plan["runs"]]
-    order = ["run_id", "status", "good", *plan["runs"][0]["values"], *LEADING]
+    names = map(name_column, plan["runs"][0]["values"])
+    order = ["run_id", "status", "good", *names, *LEADING]
     table = pd.DataFrame(rows)
-    table = table[[*order, *(name for name in table if name not in (*order, *TRAILING)), *TRAILING]]
+    found = [name for name in table if name not in (*order, *TRAILING)]
+    table = table[[*order, *found, *TRAILING]]
     table["failed_cell"] = table["failed_cell"].astype("Int64")
-    table.attrs = {"varied": plan["varied"], "notebook": plan["notebook"]}
+    table.attrs = {
+        "varied": [name_column(name) for name in plan["varied"]],
+        "notebook": plan["notebook"],
+    }
     return table
 
 
-LEADING = ("verdicts", "images_valid", "images")
-TRAILING = (
-    "seconds", "cpu_seconds", "peak_memory_gib", "attempts", "kernel", "error", "failed_cell",
-    "failed_source", "path",
-)  # fmt: skip
+def name_column(name):
+    """Returns the column of a parameter: its name, unless a result has that name."""
+    taken = name in ("run_id", "status", "good", *LEADING, *TRAILING)
+    return f"parameter: {name}" if taken else name
 
 
 def list_rows(table):
@@ -85,7 +94,8 @@ def _as_text(value):
 
 def _read_row(folder, run):
     row = {
-        "run_id": run["run_id"], "status": WAITING, "good": False, **run["values"],
+        "run_id": run["run_id"], "status": WAITING, "good": False,
+        **{name_column(name): value for name, value in run["values"].items()},
         **dict.fromkeys((*LEADING, *TRAILING)),
     }  # fmt: skip
     for place in (RUNS, FAILURES):

@@ -1,5 +1,6 @@
 """The figure of a sweep: one picture a run, or where runs drew none, one bar."""
 
+import textwrap
 from pathlib import Path
 
 import matplotlib.pyplot as plt
@@ -12,6 +13,7 @@ from sdkit.figures import BAD, COLOURS, figure_style, plot_bars, plot_images, sa
 FIGURE_NAME = "figure.png"
 MOST_TILES = 60
 PICTURE_PIXELS = 320
+VALUE_LETTERS = 40
 
 
 def save_sheet(table, folder):
@@ -54,8 +56,9 @@ def open_picture(folder, row):
 
 
 def describe_run(row, varied):
-    """Returns "float16 · 4": the values that tell a run from the others."""
-    return " · ".join(str(row[name]) for name in varied) or row["run_id"]
+    """Returns "float16 · 4": the values that tell a run from the others, to draw as a title."""
+    values = [textwrap.shorten(str(row[name]), VALUE_LETTERS) for name in varied]
+    return " · ".join(values).replace("$", r"\$") or row["run_id"]  # no formula is meant
 
 
 def describe_problem(row):

@@ -9,6 +9,7 @@ from pathlib import Path
 from tqdm.auto import tqdm
 
 from sdkit.batch.execution import ATTEMPTS, DONE, FAILURES, RUN_NAME, RUNS, Task
+from sdkit.batch.grid import BUNDLED
 from sdkit.batch.kernels import close_zygote, warm_zygote
 from sdkit.batch.lock import lock_folder
 from sdkit.batch.page import save_page
@@ -179,10 +180,10 @@ def _make_folder(output):
 
 
 def _find_notebook(notebook):
-    bundled = Path(__file__).parent.parent / "grids" / f"{Path(notebook).stem}.ipynb"
-    if not Path(notebook).exists() and len(Path(notebook).parts) == 1 and bundled.is_file():
-        return bundled
-    return Path(notebook)
+    """Returns the path of a notebook: a file, or one of the package by its name."""
+    bundled = BUNDLED / f"{Path(notebook).stem}.ipynb"
+    is_bundled = len(Path(notebook).parts) == 1 and bundled.is_file()
+    return bundled if is_bundled and not Path(notebook).exists() else Path(notebook)
 
 
 def choose_folder(grid, notebook):

@@ -129,8 +129,11 @@ def serve(control):
                             _kill_group(pid)
                             os.waitpid(pid, 0)
                         return None
-                    request = json.loads(life.makefile().readline())
-                    parent = os.getpid()
+                    line = life.makefile().readline()
+                    if not line:  # who asked has ended meanwhile
+                        life.close()
+                        continue
+                    request, parent = json.loads(line), os.getpid()
                     pid = os.fork()
                     if pid == 0:
                         _leave(parent, [control, life, *kernels.values()], (woken, wake))
