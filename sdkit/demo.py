@@ -17,7 +17,8 @@ from papermill.exceptions import PapermillExecutionError
 from sdkit.run_folder import VERDICTS_NAME, replace_file
 from sdkit.validation import ValidationError
 
-NOTEBOOKS_FOLDER = Path(__file__).parent.parent / "notebooks"
+HERE = Path(__file__).parent
+NOTEBOOKS_FOLDERS = (HERE / "notebooks", HERE.parent / "notebooks")  # of a wheel, of a clone
 
 
 @dataclass(frozen=True)
@@ -43,19 +44,19 @@ class NotebookRun:
         return told and all(verdict["as_expected"] for verdict in self.verdicts)
 
 
-def find_notebooks(folder: Path = NOTEBOOKS_FOLDER) -> list[Path]:
-    """The numbered notebooks, in order.
+def find_notebooks(folders=NOTEBOOKS_FOLDERS) -> list[Path]:
+    """The numbered notebooks of the first folder that has some, in order.
 
     Raises:
         ValidationError: There are none.
     """
-    notebooks = sorted(folder.glob("[0-9][0-9]_*.ipynb"))
-    if not notebooks:
-        raise ValidationError(
-            f"{folder.name}: found no notebook NN_*.ipynb, expected the repository's. "
-            "Run sdkit demo from a clone."
-        )
-    return notebooks
+    for folder in folders:
+        if notebooks := sorted(folder.glob("[0-9][0-9]_*.ipynb")):
+            return notebooks
+    raise ValidationError(
+        f"{', '.join(map(str, folders))}: found no notebook NN_*.ipynb, expected sdkit's own. "
+        "Install sdkit again, from a clone or a wheel."
+    )
 
 
 def run_demo(

@@ -4,6 +4,7 @@ import json
 import subprocess
 import sys
 import tomllib
+import zipfile
 from pathlib import Path
 
 import pytest
@@ -18,13 +19,20 @@ PROMISED = {
     "check_image_file", "validate_image_array", "ValidationError", "describe_environment",
     "run_probes", "measure_headroom", "rebalance", "amplify", "plan_precision",
     "predict_memory", "ImageCaptionDataset", "prepare_fashion_products", "LoRAConfig",
-    "train_lora", "run_sweep", "load_results",
+    "train_lora", "run_sweep", "load_results", "diagnose", "Diagnosis",
 }  # fmt: skip
 TOP_LEVEL = {
     "notebooks", "sdkit", "tests", "figures", "environment.yml", "README.md", "pyproject.toml",
     "constraints.txt", "Makefile", "LICENSE", "CHANGELOG.md",
 }  # fmt: skip
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+
+
+def list_tracked(*folders):
+    listing = subprocess.run(
+        ["git", "ls-files", *folders], cwd=ROOT, capture_output=True, text=True, check=True
+    )
+    return listing.stdout.splitlines()
 
 
 def read_constraints():
@@ -53,7 +61,9 @@ def test_import_is_light():
 
 
 def test_no_module_bears_the_name_of_an_exported_name():
-    modules = {path.stem for path in (ROOT / "sdkit").rglob("*.py")}
+    # A command's file is named as what one types; nothing imports it but the command line.
+    paths = [p for p in (ROOT / "sdkit").rglob("*.py") if p.parent.name != "commands"]
+    modules = {path.stem for path in paths}
     assert not modules & PROMISED
 
 
@@ -97,9 +107,24 @@ def test_conda_environment_is_python_pip_and_the_package():
 
 
 def test_top_level_holds_what_it_should():
-    listing = subprocess.run(
-        ["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=True
-    )
-    tracked = {line.split("/")[0] for line in listing.stdout.splitlines()}
+    tracked = {path.split("/")[0] for path in list_tracked()}
     assert tracked
     assert {name for name in tracked if not name.startswith(".")} <= TOP_LEVEL
+
+
+def test_a_wheel_holds_all_that_the_demo_needs(tmp_path):
+    options = ["--no-deps", "--no-build-isolation", "-q", "-w", str(tmp_path)]
+    subprocess.run([sys.executable, "-m", "pip", "wheel", *options, str(ROOT)], check=True)
+    unpacked = tmp_path / "unpacked"
+    with zipfile.ZipFile(next(tmp_path.glob("sdkit-*.whl"))) as wheel:
+        wheel.extractall(unpacked)
+    for path in list_tracked("sdkit", "notebooks"):
+        inside = path if path.startswith("sdkit/") else f"sdkit/{path}"
+        assert (unpacked / inside).read_bytes() == (ROOT / path).read_bytes()
+    assert not (unpacked / "tests").exists()
+    code = "import sdkit.demo; print(*sdkit.demo.find_notebooks())"
+    printed = subprocess.run(
+        [sys.executable, "-c", code], cwd=unpacked, capture_output=True, text=True, check=True
+    )
+    found = printed.stdout.split()
+    assert found and all(path.startswith(str(unpacked)) for path in found)
