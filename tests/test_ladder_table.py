@@ -1,104 +1,58 @@
-"""The ladder on every failure: one table, one figure, and advice that follows from the numbers."""
+"""The ladder's numbers as one table and one figure."""
 
 import numpy as np
 import pytest
-from test_plan import scale_inside
 
-from sdkit.precision.fixing import HOW
+from sdkit.precision.failures import HEALTHY
 from sdkit.precision.ladder import Rung
-from sdkit.precision.ladder_table import (
-    AS_IT_IS,
-    FAILURES,
-    HEALTHY,
-    Failure,
-    climb_failures,
-    plot_ladder,
-    recommend,
-    tabulate_ladder,
-)
-from sdkit.validation import ValidationError
+from sdkit.precision.ladder_table import plot_ladder, tabulate_ladder
+from sdkit.precision.rungs import AS_IT_IS, FLOAT32
 
-FAST = {"num_inference_steps": 2, "progress": False, "backend": "cpu"}
-RUNGS = set(HOW)
-NOISE = np.random.default_rng(0).random((1, 16, 16, 3))
+IMAGE = np.random.default_rng(0).random((16, 16, 3))
 
 
-def rung(name, size, psnr_db, valid=1):
-    images = NOISE if valid else None
-    return Rung(name, "", valid, 1, size, psnr_db if valid else None, 1.0, images=images)
+def drawn(name, size, psnr_db, **fields):
+    return Rung(name, "", 1, 1, size, psnr_db, 0.99, problems=(None,), images=(IMAGE,), **fields)
 
 
-def climbed(**failures):
-    """{failure: rungs}; the control's float16 reaches 55 dB."""
-    whole = rung("float32", 100, float("inf"))
-    failures = {HEALTHY.name: [rung(AS_IT_IS, 50, 55.0), whole], **failures}
-    return {
-        name: rungs if rungs[-1] is whole else [*rungs, whole] for name, rungs in failures.items()
-    }
+def broken(name, size):
+    return Rung(name, "", 0, 1, size, problems=("NaN in the unet, step 0",), images=(None,))
 
 
-def advise(device, **failures):
-    kinds = [HEALTHY, *(Failure(name, None, "sdpa", ("mps", "cuda", "cpu")) for name in failures)]
-    advice = recommend(tabulate_ladder(climbed(**failures)), kinds)
-    return advice[(advice["device"] == device) & (advice["failure"] != HEALTHY.name)].iloc[0]
+CLIMBED = {
+    HEALTHY.name: [drawn(AS_IT_IS, 50, 55.0), drawn(FLOAT32, 100, float("inf"))],
+    "overflow": [broken(AS_IT_IS, 50), drawn(FLOAT32, 100, 70.0, only_hides=True)],
+    "weights": [Rung(AS_IT_IS, "", 0, 1, None, note="no"), broken(FLOAT32, 100)],
+}
 
 
-def test_every_rung_is_run_and_the_planted_cause_decides(tiny_folder):
-    def overflow(pipe):
-        scale_inside(pipe.unet, "mid_block.resnets.0", 17)
-
-    planted = Failure("UNet overflow", overflow, "sdpa", ("mps",))
-    failures = (HEALTHY, planted, FAILURES[-1])
-    table = tabulate_ladder(climb_failures(tiny_folder, "a shoe", failures=failures, **FAST))
-    assert set(table["rung"]) == RUNGS and len(table) == 3 * len(RUNGS)
-    proven = {
-        failure.name: set(table[(table["failure"] == failure.name) & table["proven"]]["rung"])
-        for failure in failures
-    }
-    assert proven[HEALTHY.name] == RUNGS
-    assert {"rebalanced float16", "planned float16", "float32"} <= proven["UNet overflow"]
-    assert not proven["UNet overflow"] & {AS_IT_IS, "float16, safe slicing", "float16, VAE float32"}
-    assert not proven["one NaN weight"]
-    assert table["seconds an image"].isna().all()  # it was emulated
-    assert (table[table["rung"] == "float32"]["weight share"] == 1).all()
-
-
-def test_a_sick_model_is_no_reference(tiny_pipe, tmp_path):
-    tiny_pipe.unet.conv_in.weight.data[0] = float("nan")
-    tiny_pipe.save_pretrained(tmp_path)
-    with pytest.raises(ValidationError, match="NaN"):
-        climb_failures(tmp_path, "a shoe", **FAST)
-
-
-def test_the_lightest_rung_that_is_as_good_as_healthy_float16_is_advised():
-    rungs = [rung("bfloat16", 50, 44.0), rung("rebalanced float16", 50, 54.5),
-             rung("float16, VAE float32", 60, 58.0)]  # fmt: skip
-    assert advise("mps", overflow=rungs)["do"] == "rebalanced float16"
-    assert advise("mps", overflow=rungs[::2])["do"] == "float16, VAE float32"
-    assert advise("mps", overflow=rungs[:1])["do"] == "float32"
-
-
-def test_invalid_images_are_never_advised_and_a_cpu_gets_no_float16():
-    rungs = [rung(AS_IT_IS, 50, 60.0, valid=0), rung("rebalanced float16", 50, 54.5)]
-    assert advise("cuda", overflow=rungs)["do"] == "rebalanced float16"
-    assert advise("cpu", overflow=rungs)["do"] == "float32"
-
-
-def test_what_nothing_cures_is_told():
-    dead = [rung(name, 50, None, valid=0) for name in HOW if name != "float32"]
-    dead = {"weights": [*dead, rung("float32", 100, None, valid=0)]}
-    table = tabulate_ladder({**climbed(), **dead})
-    advice = recommend(table, [HEALTHY, Failure("weights", None, "sdpa", ("mps",))])
-    assert "mend" in advice[advice["failure"] == "weights"]["do"].item()
+def test_a_row_tells_what_a_rung_gave():
+    table = tabulate_ladder(CLIMBED).set_index(["failure", "rung"])
+    assert len(table) == 6
+    healthy = table.loc[(HEALTHY.name, AS_IT_IS)]
+    assert (healthy["weight share"], healthy["PSNR dB"], healthy["proven"]) == (0.5, 55.0, True)
+    assert not table.loc[("overflow", FLOAT32), "proven"]  # it is not like the reference by itself
+    assert table.loc[("overflow", FLOAT32), "only hides"]
+    assert table.loc[("overflow", AS_IT_IS), "problem"] == "NaN in the unet, step 0"
+    refused = table.loc[("weights", AS_IT_IS)]
+    assert np.isnan(refused["weight share"]) and refused["note"] == "no"
 
 
 def test_the_figure_has_a_tile_for_each_failure_and_rung():
-    figure = plot_ladder(climbed(overflow=[rung(AS_IT_IS, 50, None, valid=0)]), heading="Ladder")
-    below = [ax.get_xlabel() for ax in figure.axes]
-    assert below == [
-        "1/1 · 0.50x\n55 dB",
-        "1/1 · 1.00x\nthe same",
+    figure = plot_ladder(CLIMBED, heading="Ladder")
+    assert [ax.get_xlabel() for ax in figure.axes] == [
+        "1/1 · 0.50x\n55 dB · 0.990",
+        "1/1 · 1.00x\nequal",
         "0/1 · 0.50x",
-        "1/1 · 1.00x\nthe same",
+        "1/1 · 1.00x\n70 dB · 0.990\nonly hides it",
+        "0/1",  # it was not put on, so it has no weight
+        "0/1 · 1.00x",
     ]
-    assert [text.get_text() for text in figure.axes[2].texts] == ["NaN"]
+    said = [[text.get_text() for text in ax.texts] for ax in figure.axes]
+    assert said == [[], [], ["NaN\nunet\nstep 0"], [], ["not possible"], ["NaN\nunet\nstep 0"]]
+
+
+@pytest.mark.parametrize("missing", [AS_IT_IS])
+def test_a_rung_that_is_not_there_leaves_an_empty_tile(missing):
+    climbed = {**CLIMBED, "overflow": [r for r in CLIMBED["overflow"] if r.name != missing]}
+    assert plot_ladder(climbed).axes[2].get_xlabel() == "not here"

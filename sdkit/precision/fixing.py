@@ -12,22 +12,9 @@ from sdkit.figures import plot_images, save_figure
 from sdkit.generation.record import plain
 from sdkit.loading import load_pipeline
 from sdkit.loading.recipe import mixed_precision
-from sdkit.precision.ladder import Rung, climb, rebalanced
+from sdkit.precision.ladder import Rung, climb
+from sdkit.precision.rungs import HOW, rebalanced
 from sdkit.run_folder import replace_file
-from sdkit.validation import judge_image
-
-HOW = {  # what to type to stay on a rung
-    "float16 as it is": 'load_pipeline(model, dtype="float16")',
-    "newer torch (emulated)": "pip install -U 'torch>=2.14'",
-    "float16, SDPA": 'load_pipeline(model, dtype="float16", attention="sdpa")',
-    "float16, safe slicing": 'load_pipeline(model, dtype="float16", attention="sliced")',
-    "bfloat16": 'load_pipeline(model, dtype="bfloat16")',
-    "float16, VAE float32": 'load_pipeline(model, dtype={"default": "float16", "vae": "float32"})',
-    "rebalanced float16": 'load_pipeline("{folder}/model", dtype="float16")',
-    "planned float16": 'load_pipeline(model, recipe="{folder}/recipe.json")',
-    "float16, rescued": 'generate(pipe, prompts, on_nonfinite="rescue")',
-    "float32": 'load_pipeline(model, dtype="float32")',
-}
 
 
 @dataclass(frozen=True)
@@ -68,8 +55,9 @@ def tell(rung: Rung) -> str:
     """What came of a rung, in a few words."""
     valid = f"{rung.valid} of {rung.count} valid"
     quality = f", {rung.psnr_db:.1f} dB" if rung.psnr_db is not None else ""
-    size = f", {rung.weight_bytes / 2**20:.1f} MiB"
-    return f"{valid}{quality}{size}{f' ({rung.note})' if rung.note else ''}"
+    size = "" if rung.weight_bytes is None else f", {rung.weight_bytes / 2**20:.1f} MiB"
+    hides = ", but only hides the fault" if rung.only_hides else ""
+    return f"{valid}{quality}{size}{hides}{f' ({rung.note})' if rung.note else ''}"
 
 
 def fix_model(
@@ -131,11 +119,10 @@ def fix_model(
 def plot_before_after(before: Rung, after: Rung | None):
     """The images of the first rung beside those of the one that cures."""
     rungs = [before, *([after] if after and after is not before else [])]
-    images, titles, problems = [], [], []
-    for rung in rungs:
-        drawn = [None] * rung.count if rung.images is None else list(rung.images)
-        for image in drawn:
-            images.append(image)
-            titles.append(rung.name)
-            problems.append("NaN" if image is None else judge_image(image).problem)
+    drawn = [
+        (image, rung.name, problem)
+        for rung in rungs
+        for image, problem in zip(rung.images, rung.problems, strict=True)
+    ]
+    images, titles, problems = zip(*drawn, strict=True)
     return plot_images(images, titles, problems=problems, columns=max(2, before.count))

@@ -2,39 +2,37 @@
 
 A rung is judged by what it draws, beside the float32 reference with fused attention: valid images,
 PSNR, SSIM, bytes of weights. Seconds are measured where they are real, never under emulation.
+
+What passes is drawn once more where fresh memory holds NaN, if what it holds can matter here. A
+cure passes that too; what does not has only made the bytes that a kernel should not read harmless.
 """
 
-import copy
 import time
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 
 import numpy as np
-import torch
-from diffusers.models.attention_processor import Attention, AttnProcessor2_0
 from skimage.metrics import structural_similarity
+from torch import float16
 from tqdm.auto import tqdm
 
-from sdkit.attention import find_unsafe_processors
 from sdkit.device import synchronize
+from sdkit.diagnosis.ablation import nan_filled_memory
 from sdkit.emulate import active as find_emulation
 from sdkit.emulate.again import emulate_again
 from sdkit.emulate.mode import find_settings
-from sdkit.generation.record import describe_rescue
-from sdkit.generation.rescue import Rescuer
+from sdkit.finding import Finding, NonFiniteError
 from sdkit.guarding import unguarded
 from sdkit.loading.lifting import in_float32
-from sdkit.loading.modules import find_models
-from sdkit.loading.recipe import Recipe, count_bytes, mixed_precision
+from sdkit.loading.recipe import Recipe, count_bytes
 from sdkit.precision.plan import (
     check_reference,
+    draw_guarded,
     draw_images,
     low_arithmetic,
     measure_psnr,
-    plan_precision,
 )
-from sdkit.precision.rebalancing import rebalance
-from sdkit.slicing import REPLACEABLE, use_sliced_attention
+from sdkit.precision.rungs import fused_attention, list_steps
 from sdkit.validation import ValidationError, judge_image
 
 DECENT_DB = 30.0  # below it a picture differs visibly: finite, and wrong all the same
@@ -49,12 +47,15 @@ class Rung:
         change: What it changes, in one sentence.
         valid: Valid images.
         count: Images.
-        weight_bytes: Of all weights.
-        psnr_db: The least of an image to the reference; None without a valid one.
-        ssim: The least of an image to the reference; None without a valid one.
+        weight_bytes: Of all weights once it has drawn, copies of what is rescued included; None if
+            it could not be put on.
+        psnr_db: The least of an image to the reference; None unless all are valid.
+        ssim: The least of an image to the reference; None unless all are valid.
         seconds: An image; None under emulation or where nothing was drawn.
         note: Why it cannot be had here, or what it did; "" otherwise.
-        images: Float images (N, H, W, 3), or None where NaN or Inf arose.
+        problems: One an image: "NaN in the unet, step 0", "all-black"; None where it is valid.
+        only_hides: Whether it draws right here, and not where fresh memory holds NaN.
+        images: Float images (H, W, 3), None where NaN or Inf arose; empty if nothing was drawn.
         recipe: Of the planned rung.
     """
 
@@ -62,28 +63,32 @@ class Rung:
     change: str
     valid: int
     count: int
-    weight_bytes: int
+    weight_bytes: int | None
     psnr_db: float | None = None
     ssim: float | None = None
     seconds: float | None = None
     note: str = ""
-    images: np.ndarray | None = field(default=None, repr=False, compare=False)
+    problems: tuple[str | None, ...] = ()
+    only_hides: bool = False
+    images: tuple = field(default=(), repr=False, compare=False)
     recipe: Recipe | None = field(default=None, repr=False, compare=False)
 
     @property
     def is_proven(self) -> bool:
-        """Whether every image is valid and looks like the reference."""
-        return self.valid == self.count and self.psnr_db >= DECENT_DB
+        """Whether every image is valid and like the reference, whatever fresh memory holds."""
+        is_like = self.valid == self.count and self.psnr_db >= DECENT_DB
+        return is_like and not self.only_hides
 
     def to_row(self) -> dict:
         """A row for a table."""
         return {
             "rung": self.name,
             "valid": f"{self.valid} of {self.count}",
-            "weights MiB": round(self.weight_bytes / 2**20, 1),
+            "weights MiB": self.weight_bytes and round(self.weight_bytes / 2**20, 1),
             "PSNR dB": self.psnr_db,
             "SSIM": self.ssim,
             "seconds an image": self.seconds,
+            "only hides": self.only_hides,
             "note": self.note,
         }
 
@@ -133,72 +138,82 @@ def climb(
     return rungs
 
 
-def list_steps(pipe, prompts, seed, pipe_kwargs, every_rung=False):
-    """(name, change, how to apply it) of each rung that there is for this pipeline here."""
-    half, brain = torch.float16, torch.bfloat16
-    settings = find_settings()
-    steps = [("float16 as it is", "Nothing.", lambda: mixed_precision(pipe, [], half))]
-    if settings and settings["faults"]:
-        steps.append(
-            (
-                "newer torch (emulated)",
-                "Upgrade torch: the kernel keeps its contract.",
-                lambda: honest_kernel(pipe, settings),
-            )
-        )
-    if every_rung or find_unsafe_processors(pipe):
-        steps += [
-            ("float16, SDPA", "Fused attention.", lambda: with_attention(pipe, fused_attention)),
-            ("float16, safe slicing", "Slices that read no fresh memory.",
-             lambda: with_attention(pipe, sliced_attention)),
-        ]  # fmt: skip
-    vae = ["vae"] if getattr(pipe, "vae", None) is not None else []
-    return [
-        *steps,
-        ("bfloat16", "float32's range, 8 bits.", lambda: mixed_precision(pipe, [], brain)),
-        ("float16, VAE float32", "The VAE in float32.", lambda: mixed_precision(pipe, vae, half)),
-        ("rebalanced float16", "Powers of two moved within.", lambda: rebalanced(pipe)),
-        ("planned float16", "The least float32 that draws right.",
-         lambda: planned(pipe, prompts, seed, pipe_kwargs)),
-        ("float16, rescued", "Bad calls again in float32.", lambda: rescued(pipe)),
-        ("float32", "Everything in float32.", lambda: in_float32(pipe)),
-    ]  # fmt: skip
-
-
 def try_rung(pipe, name, change, applied, prompts, seed, pipe_kwargs, reference) -> Rung:
-    """Draws under one rung and judges it; one that cannot be applied says why."""
-    count, size = len(prompts), count_bytes(pipe)
+    """Draws under one rung and judges it; one that cannot be put on says why."""
+    count = len(prompts)
     try:
         with ExitStack() as stack:
-            extra = stack.enter_context(applied())
-            stack.enter_context(low_arithmetic(pipe, torch.float16))
-            weight_bytes = count_bytes(pipe)
+            tell = stack.enter_context(applied())
+            stack.enter_context(low_arithmetic(pipe, float16))
+            facts = {"weight_bytes": count_bytes(pipe)}
             synchronize(pipe._execution_device)
             started = time.perf_counter()
-            images = draw_images(pipe, prompts, seed, pipe_kwargs)
+            drawn = draw_each(pipe, prompts, seed, pipe_kwargs)
             synchronize(pipe._execution_device)
-            seconds = None if find_emulation() else (time.perf_counter() - started) / count
+            seconds = (time.perf_counter() - started) / count
+            facts |= tell() if tell else {}
+            problems = tuple(find_problem(*pair) for pair in drawn)
+            is_whole = not any(problems)
+            only_hides = is_whole and not holds_on_nan(pipe, prompts, seed, pipe_kwargs)
     except ValidationError as error:
-        return Rung(name, change, 0, count, size, note=str(error))
-    note = extra() if callable(extra) else ""
-    note = (
-        f"float32: {', '.join(extra.float32) or 'nothing'}" if isinstance(extra, Recipe) else note
-    )
-    valid = 0 if images is None else sum(judge_image(image).valid for image in images)
-    is_whole = valid == count
+        return Rung(name, change, 0, count, None, note=str(error))
+    images = tuple(image for image, _ in drawn)
     return Rung(
         name=name,
         change=change,
-        valid=valid,
+        valid=problems.count(None),
         count=count,
-        weight_bytes=weight_bytes,
         psnr_db=measure_psnr(images, reference) if is_whole else None,
         ssim=measure_ssim(images, reference) if is_whole else None,
-        seconds=seconds,
-        note=note,
+        seconds=None if find_emulation() or not is_whole else seconds,
+        problems=problems,
+        only_hides=only_hides,
         images=images,
-        recipe=extra if isinstance(extra, Recipe) else None,
+        **facts,
     )
+
+
+def draw_each(pipe, prompts, seed, pipe_kwargs) -> list[tuple[np.ndarray | None, Finding | None]]:
+    """(image, None), or (None, where it broke), of each prompt.
+
+    All at once; one by one only where something breaks, for the first NaN ends a whole batch.
+    """
+    try:
+        return [(image, None) for image in draw_guarded(pipe, prompts, seed, pipe_kwargs)]
+    except NonFiniteError as error:
+        if len(prompts) == 1:
+            return [(None, error.finding)]
+    return [
+        pair
+        for i, prompt in enumerate(prompts)
+        for pair in draw_each(pipe, [prompt], seed + i, pipe_kwargs)
+    ]
+
+
+def holds_on_nan(pipe, prompts, seed, pipe_kwargs) -> bool:
+    """Whether nothing breaks where fresh memory holds NaN; True where that can make no difference.
+
+    That is so on a CPU, whose kernels keep their contracts, and where memory was chosen to be
+    harmless, so that another fault can be seen alone.
+    """
+    settings = find_settings()
+    if settings and settings["memory"] not in ("zeros", "nan"):
+        memory = emulate_again({**settings, "memory": "nan"})
+    elif settings is None and pipe._execution_device.type != "cpu":
+        memory = nan_filled_memory()
+    else:
+        return True
+    with memory:
+        return draw_images(pipe, prompts, seed, pipe_kwargs) is not None
+
+
+def find_problem(image, finding) -> str | None:
+    """What is wrong with an image, in a few words; None if nothing is."""
+    if finding is None:
+        return judge_image(image).problem
+    kind = "NaN" if finding.nan_count else "Inf"
+    when = "" if finding.step is None else f", step {finding.step}"
+    return f"{kind} in the {finding.stage}{when}"
 
 
 def measure_ssim(images, reference) -> float:
@@ -209,84 +224,3 @@ def measure_ssim(images, reference) -> float:
             for ours, theirs in zip(images, reference, strict=True)
         )
     )
-
-
-@contextmanager
-def restored_processors(pipe):
-    """Yields the attention layers that may be given another processor; the old ones come back."""
-    layers = [
-        module
-        for model in find_models(pipe).values()
-        for module in model.modules()
-        if isinstance(module, Attention) and type(module.processor) in REPLACEABLE
-    ]
-    with ExitStack() as undo:
-        for layer in layers:
-            undo.callback(layer.set_processor, layer.processor)
-        yield layers
-
-
-@contextmanager
-def fused_attention(pipe):
-    """SDPA in place of what slices or spells attention out."""
-    with restored_processors(pipe) as layers:
-        for layer in layers:
-            layer.set_processor(AttnProcessor2_0())
-        yield
-
-
-@contextmanager
-def sliced_attention(pipe):
-    """Our own slices, which read no fresh memory."""
-    with restored_processors(pipe):
-        use_sliced_attention(pipe)
-        yield
-
-
-@contextmanager
-def with_attention(pipe, attention):
-    """float16 with another attention."""
-    with attention(pipe), mixed_precision(pipe, [], torch.float16):
-        yield
-
-
-@contextmanager
-def honest_kernel(pipe, settings):
-    """float16 on the same emulated backend without its faults."""
-    honest = {**settings, "faults": []}
-    with mixed_precision(pipe, [], torch.float16), emulate_again(honest):
-        yield
-
-
-@contextmanager
-def rebalanced(pipe):
-    """Copies of UNet and VAE, rebalanced, in float16; yields what was moved."""
-    with ExitStack() as undo:
-        notes = []
-        for name in ("unet", "vae"):
-            model = getattr(pipe, name, None)
-            if model is None:
-                continue
-            ours = copy.deepcopy(model)
-            report = rebalance(ours)
-            notes.append(f"{name}: {len(report.exponents)} streams moved")
-            undo.callback(setattr, pipe, name, model)
-            setattr(pipe, name, ours)
-        undo.enter_context(mixed_precision(pipe, [], torch.float16))
-        yield lambda: "; ".join(notes)
-
-
-@contextmanager
-def planned(pipe, prompts, seed, pipe_kwargs):
-    """The least float32; yields its recipe."""
-    recipe = plan_precision(pipe, prompts, seed=seed, progress=False, **pipe_kwargs)
-    with mixed_precision(pipe, recipe.float32, torch.float16):
-        yield recipe
-
-
-@contextmanager
-def rescued(pipe):
-    """float16 with somebody standing by; yields what was rescued."""
-    rescuer = Rescuer(pipe, is_emulated=find_emulation() is not None)
-    with mixed_precision(pipe, [], torch.float16), rescuer.installed() as log:
-        yield lambda: describe_rescue(log.to_dict())

@@ -214,12 +214,21 @@ class Search:
 
 def draw_images(pipe, prompts, seed, pipe_kwargs) -> np.ndarray | None:
     """Float images (N, H, W, 3) in [0, 1], or None where NaN or Inf arose on the way."""
-    generators = [torch.Generator("cpu").manual_seed(seed + i) for i in range(len(prompts))]
     try:
-        with guard(pipe):
-            output = pipe(prompts, generator=generators, output_type="np", **pipe_kwargs)
+        return draw_guarded(pipe, prompts, seed, pipe_kwargs)
     except NonFiniteError:
         return None
+
+
+def draw_guarded(pipe, prompts, seed, pipe_kwargs) -> np.ndarray:
+    """Float images (N, H, W, 3) in [0, 1]; image i is drawn from seed + i.
+
+    Raises:
+        NonFiniteError: NaN or Inf arose on the way; its `finding` says where.
+    """
+    generators = [torch.Generator("cpu").manual_seed(seed + i) for i in range(len(prompts))]
+    with guard(pipe):
+        output = pipe(prompts, generator=generators, output_type="np", **pipe_kwargs)
     return np.asarray(output.images, dtype=np.float64)
 
 
