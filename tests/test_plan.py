@@ -10,7 +10,10 @@ from tiny_pipelines import build_tiny_pipe
 from sdkit import generate, load_pipeline
 from sdkit.emulate import Fault, float16_arithmetic, mps
 from sdkit.loading.recipe import Recipe, mixed_precision
-from sdkit.precision.plan import Search, plan_precision
+from sdkit.precision.drawing import draw_images
+from sdkit.precision.plan import plan_precision
+from sdkit.precision.search import Search
+from sdkit.precision.trials import Trials
 from sdkit.validation import ValidationError
 
 FAST = {"num_inference_steps": 2, "progress": False}
@@ -160,3 +163,25 @@ def test_the_search_finds_a_least_set_whatever_the_order(needed):
     layers = list("abcdefgh")
     search = Search(lambda paths: 50.0 if set(needed) <= paths else -np.inf, 40.0, Bar())
     assert sorted(search.find_least(layers, [], [])) == sorted(needed)
+
+
+def test_the_unet_is_not_run_again_for_another_choice_of_the_vaes_layers(overflowing_pipe):
+    pipe, calls = overflowing_pipe, []
+    prompts, kwargs = ["a shoe"], {"num_inference_steps": 2}
+    reference = draw_images(pipe, prompts, 0, kwargs)
+    inner, outer = "mid_block.resnets.0", "vae.decoder.up_blocks.1.resnets.0"
+    unet = [f"unet.{inner}.{name}" for name in ("conv1", "time_emb_proj", "norm2")]
+    vae = [f"{outer}.{name}" for name in ("conv1", "norm2")]
+    handle = pipe.unet.conv_in.register_forward_hook(lambda *_: calls.append(1))
+    trials = Trials(pipe, torch.float16, prompts, 0, kwargs, reference)
+    assert trials.measure(unet) == -np.inf  # the VAE overflows
+    first = len(calls)
+    replayed = trials.measure([*unet, *vae])
+    assert replayed > 40 and len(calls) == first
+    assert trials.measure(vae) == -np.inf  # the UNet overflows, so no choice for the VAE helps
+    broken = len(calls)
+    assert trials.measure([]) == -np.inf and len(calls) == broken > first
+    fresh = Trials(pipe, torch.float16, prompts, 0, kwargs, reference)
+    assert fresh.measure([*unet, *vae]) == replayed
+    assert "forward" not in vars(pipe.unet)
+    handle.remove()

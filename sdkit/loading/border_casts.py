@@ -92,8 +92,9 @@ def _cast_inputs_and_output(module):
     def before(module, args, kwargs):
         # Kept on the module, for a pre-hook can hand nothing on, and deep copies have their own.
         latents = args[0] if args else kwargs.get("sample", kwargs.get("hidden_states"))
-        module._sdkit_latents_dtype = getattr(latents, "dtype", _dtype_of(module))
-        return _cast_call(args, kwargs, _dtype_of(module))
+        dtype = _dtype_of(module)
+        module._sdkit_latents_dtype = getattr(latents, "dtype", dtype)
+        return _cast_call(args, kwargs, dtype)
 
     def after(module, args, kwargs, output):
         return _cast(output, module._sdkit_latents_dtype)

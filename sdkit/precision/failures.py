@@ -24,9 +24,9 @@ from sdkit.diagnosis.timeline import measure_scores
 from sdkit.emulate.mode import suspended
 from sdkit.guarding import unguarded
 from sdkit.loading import load_pipeline
+from sdkit.precision.drawing import check_reference, draw_images
 from sdkit.precision.headroom import measure_headroom
 from sdkit.precision.ladder import Rung, climb
-from sdkit.precision.plan import check_reference, draw_images
 from sdkit.precision.rebalancing import amplify, find_largest
 from sdkit.precision.streams import find_streams
 

@@ -25,7 +25,7 @@ from sdkit.finding import Finding, NonFiniteError
 from sdkit.guarding import unguarded
 from sdkit.loading.lifting import in_float32
 from sdkit.loading.recipe import Recipe, count_bytes
-from sdkit.precision.plan import (
+from sdkit.precision.drawing import (
     check_reference,
     draw_guarded,
     draw_images,

@@ -5,19 +5,14 @@ rounding alone would leave it. Layers are tried in the order of their headroom, 
 that would bisect blindly begins where the trouble is.
 """
 
-from collections.abc import Callable
-from contextlib import ExitStack, contextmanager, nullcontext
-from dataclasses import dataclass, field
+from contextlib import ExitStack, contextmanager
 
-import numpy as np
 import torch
-from skimage.metrics import peak_signal_noise_ratio
 from tqdm.auto import tqdm
 
 from sdkit.emulate import active as find_emulation
-from sdkit.emulate import float16_arithmetic
-from sdkit.finding import NonFiniteError, find_tensors
-from sdkit.guarding import guard, unguarded
+from sdkit.finding import find_tensors
+from sdkit.guarding import unguarded
 from sdkit.loading.dtype_policy import DTYPES
 from sdkit.loading.lifting import in_float32
 from sdkit.loading.modules import find_models, find_module
@@ -29,8 +24,11 @@ from sdkit.loading.recipe import (
     take_fingerprint,
     weight_of,
 )
-from sdkit.precision.rounding import rounded_significands
-from sdkit.validation import ValidationError, judge_image
+from sdkit.precision.drawing import check_reference, draw_images, low_arithmetic, measure_psnr
+from sdkit.precision.rounding import GRIDS, rounded_significands
+from sdkit.precision.search import Search, count_bisect_trials
+from sdkit.precision.trials import Trials
+from sdkit.validation import ValidationError
 
 CANDIDATES = ("float16", "bfloat16")
 
@@ -89,7 +87,7 @@ def plan_precision(
                 " dB, the best that can be reached. Expected at least 0. No recipe was written."
             )
         search = Search(
-            lambda paths: try_paths(pipe, paths, DTYPES[dtype], draw, reference),
+            Trials(pipe, DTYPES[dtype], prompts, seed, pipe_kwargs, reference).measure,
             healthy_db - tolerance_db,
             bar,
         )
@@ -124,157 +122,17 @@ def plan_precision(
     )
 
 
-@dataclass
-class Search:
-    """Trials of sets of layers, each run once.
-
-    Attributes:
-        measure: Runs with these layers in float32 and returns the least PSNR in dB, -inf if an
-            image is not finite.
-        target_db: What a valid set reaches.
-        bar: Progress bar of the runs.
-        measured: {set of layers: dB}.
-    """
-
-    measure: Callable
-    target_db: float
-    bar: object
-    measured: dict = field(default_factory=dict)
-
-    @property
-    def trials(self) -> int:
-        """Runs so far."""
-        return len(self.measured)
-
-    def is_valid(self, paths) -> bool:
-        """Whether these layers in float32 suffice."""
-        key = frozenset(paths)
-        if key not in self.measured:
-            self.measured[key] = self.measure(key)
-            self.bar.update()
-        return self.measured[key] >= self.target_db
-
-    def find_least(self, layers, endangered, tiers) -> list[str]:
-        """A valid set of layers, none of which can be dropped.
-
-        Args:
-            layers: All, the most endangered first.
-            endangered: Heads of that list by headroom, growing.
-            tiers: Where to look if none of these suffices: the VAE, attention, both.
-
-        Raises:
-            ValidationError: Nothing less than everything suffices, or not even that.
-        """
-        if self.is_valid([]):
-            return []
-        enough = next((head for head in endangered if self.is_valid(head)), None)
-        if enough is None:
-            tier = next((tier for tier in tiers if tier and self.is_valid(tier)), layers)
-            if not self.is_valid(tier):
-                self._give_up("even with every layer in float32")
-            enough = self._shorten([path for path in layers if path in set(tier)])
-        found = self._drop(enough)
-        if len(found) == len(layers):
-            self._give_up("with less than every layer in float32")
-        return found
-
-    def _shorten(self, ordered):
-        """The shortest valid head of an ordered list, as far as validity grows with length."""
-        low, high = 0, 1
-        while high < len(ordered) and not self.is_valid(ordered[:high]):
-            low, high = high, 2 * high
-        high = min(high, len(ordered))
-        while high - low > 1:
-            middle = (low + high) // 2
-            low, high = (low, middle) if self.is_valid(ordered[:middle]) else (middle, high)
-        return ordered[:high]
-
-    def _drop(self, paths):
-        """Drops halves, quarters, ... and in the end single layers, until none can be dropped."""
-        size = max(1, len(paths) // 2)
-        while True:
-            dropped = False
-            for start in range(len(paths) - size, -1, -size):  # the least endangered first
-                rest = paths[:start] + paths[start + size :]
-                if self.is_valid(rest):
-                    paths, dropped = rest, True
-            if size == 1 and not dropped:
-                return paths
-            size = max(1, size // 2)
-
-    def _give_up(self, what):
-        best = max(self.measured.values())
-        reached = "no finite image" if best == -np.inf else f"{best:.1f} dB"
-        raise ValidationError(
-            f"plan: {what} the best reached is {reached}, expected {self.target_db:.1f} dB. No "
-            "recipe was written. Allow a greater tolerance_db, or find the cause with diagnose: "
-            "a fault that float32 shares is none of precision."
-        )
-
-
-def draw_images(pipe, prompts, seed, pipe_kwargs) -> np.ndarray | None:
-    """Float images (N, H, W, 3) in [0, 1], or None where NaN or Inf arose on the way."""
-    try:
-        return draw_guarded(pipe, prompts, seed, pipe_kwargs)
-    except NonFiniteError:
-        return None
-
-
-def draw_guarded(pipe, prompts, seed, pipe_kwargs) -> np.ndarray:
-    """Float images (N, H, W, 3) in [0, 1]; image i is drawn from seed + i.
-
-    Raises:
-        NonFiniteError: NaN or Inf arose on the way; its `finding` says where.
-    """
-    generators = [torch.Generator("cpu").manual_seed(seed + i) for i in range(len(prompts))]
-    with guard(pipe):
-        output = pipe(prompts, generator=generators, output_type="np", **pipe_kwargs)
-    return np.asarray(output.images, dtype=np.float64)
-
-
-def check_reference(images):
-    """Returns the float32 images if they are valid.
-
-    Raises:
-        ValidationError: float32 itself is bad, so there is nothing to compare with.
-    """
-    if images is None:
-        raise ValidationError(
-            "plan: float32 gives NaN or Inf as well, so precision is not the cause. "
-            "Run sdkit.diagnose."
-        )
-    for index, image in enumerate(images):
-        verdict = judge_image(image)
-        if not verdict.valid:
-            raise ValidationError(f"plan: float32's image {index} is bad: {verdict.message}")
-    return images
-
-
-def measure_psnr(images, reference) -> float:
-    """The least PSNR of an image in dB; inf where they are equal, -inf where there are none."""
-    if images is None:
-        return -np.inf
-    pairs = [(o, t) for o, t in zip(images, reference, strict=True) if not np.array_equal(o, t)]
-    decibels = [peak_signal_noise_ratio(theirs, ours, data_range=1) for ours, theirs in pairs]
-    return float(min(decibels, default=np.inf))
-
-
 def measure_healthy_db(pipe, draw, reference, dtype) -> float:
-    """What rounding to the dtype's significand costs, with float32's range."""
-    with in_float32(pipe), rounded_significands(find_models(pipe).values(), dtype):
-        return measure_psnr(draw(), reference)
+    """The least that rounding to the dtype's significand leaves, on two grids, range unlimited.
 
-
-def try_paths(pipe, paths, dtype, draw, reference) -> float:
-    """The least PSNR with some layers in float32 and the rest in `dtype`."""
-    with mixed_precision(pipe, sorted(paths), dtype), low_arithmetic(pipe, dtype):
-        return measure_psnr(draw(), reference)
-
-
-def low_arithmetic(pipe, dtype):
-    """Emulated float16 where the device would take minutes for it: on a CPU."""
-    is_slow = pipe._execution_device.type == "cpu" and dtype is torch.float16
-    return float16_arithmetic() if is_slow and not find_emulation() else nullcontext()
+    How near to the reference one rounding comes is half chance, so one would be a bad measure.
+    """
+    models = list(find_models(pipe).values())
+    reached = []
+    for grid in GRIDS:
+        with in_float32(pipe), rounded_significands(models, dtype, grid):
+            reached.append(measure_psnr(draw(), reference))
+    return min(reached)
 
 
 def describe_own_emulation(pipe, dtype) -> str | None:
@@ -335,22 +193,3 @@ def find_tiers(pipe, layers):
     vae = [path for path in layers if path.startswith("vae.")]
     attention = [path for path in layers if is_attention(find_module(pipe, path))]
     yield from (vae, attention, list(dict.fromkeys([*vae, *attention])))
-
-
-def count_bisect_trials(search, order) -> int:
-    """Runs that a bisection over module order takes, as converters of graphs do it.
-
-    The largest undecided segment goes to low precision if the run stays valid, else it is halved; a
-    single layer that cannot go stays in float32. Runs that the search has made count too.
-    """
-    kept, undecided, trials = set(order), [list(order)], 0
-    while undecided:
-        segment = max(undecided, key=len)
-        undecided.remove(segment)
-        trials += 1
-        if search.is_valid(kept - set(segment)):
-            kept -= set(segment)
-        elif len(segment) > 1:
-            middle = len(segment) // 2
-            undecided += [segment[:middle], segment[middle:]]
-    return trials

@@ -1,0 +1,66 @@
+"""Images drawn to be compared: under a guard, from given seeds, beside a float32 reference."""
+
+from contextlib import nullcontext
+
+import numpy as np
+import torch
+from skimage.metrics import peak_signal_noise_ratio
+
+from sdkit.emulate import active as find_emulation
+from sdkit.emulate import float16_arithmetic
+from sdkit.finding import NonFiniteError
+from sdkit.guarding import guard
+from sdkit.validation import ValidationError, judge_image
+
+
+def draw_images(pipe, prompts, seed, pipe_kwargs) -> np.ndarray | None:
+    """Float images (N, H, W, 3) in [0, 1], or None where NaN or Inf arose on the way."""
+    try:
+        return draw_guarded(pipe, prompts, seed, pipe_kwargs)
+    except NonFiniteError:
+        return None
+
+
+def draw_guarded(pipe, prompts, seed, pipe_kwargs) -> np.ndarray:
+    """Float images (N, H, W, 3) in [0, 1]; image i is drawn from seed + i.
+
+    Raises:
+        NonFiniteError: NaN or Inf arose on the way; its `finding` says where.
+    """
+    generators = [torch.Generator("cpu").manual_seed(seed + i) for i in range(len(prompts))]
+    with guard(pipe):
+        output = pipe(prompts, generator=generators, output_type="np", **pipe_kwargs)
+    return np.asarray(output.images, dtype=np.float64)
+
+
+def check_reference(images):
+    """Returns the float32 images if they are valid.
+
+    Raises:
+        ValidationError: float32 itself is bad, so there is nothing to compare with.
+    """
+    if images is None:
+        raise ValidationError(
+            "plan: float32 gives NaN or Inf as well, so precision is not the cause. "
+            "Run sdkit.diagnose."
+        )
+    for index, image in enumerate(images):
+        verdict = judge_image(image)
+        if not verdict.valid:
+            raise ValidationError(f"plan: float32's image {index} is bad: {verdict.message}")
+    return images
+
+
+def measure_psnr(images, reference) -> float:
+    """The least PSNR of an image in dB; inf where they are equal, -inf where there are none."""
+    if images is None:
+        return -np.inf
+    pairs = [(o, t) for o, t in zip(images, reference, strict=True) if not np.array_equal(o, t)]
+    decibels = [peak_signal_noise_ratio(theirs, ours, data_range=1) for ours, theirs in pairs]
+    return float(min(decibels, default=np.inf))
+
+
+def low_arithmetic(pipe, dtype):
+    """Emulated float16 where the device would take minutes for it: on a CPU."""
+    is_slow = pipe._execution_device.type == "cpu" and dtype is torch.float16
+    return float16_arithmetic() if is_slow and not find_emulation() else nullcontext()
