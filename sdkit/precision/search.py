@@ -31,9 +31,14 @@ class Search:
         return len(self.measured)
 
     def is_valid(self, paths) -> bool:
-        """Whether these layers in float32 suffice."""
+        """Whether these layers in float32 suffice.
+
+        What broke with more of them in float32 is not run again: less does not make it finite.
+        """
         key = frozenset(paths)
         if key not in self.measured:
+            if any(key < tried for tried, db in self.measured.items() if db == -np.inf):
+                return False
             self.measured[key] = self.measure(key)
             self.bar.update()
         return self.measured[key] >= self.target_db
