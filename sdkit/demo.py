@@ -1,20 +1,27 @@
-"""`sdkit demo`: the notebooks in order through papermill, one verdict table, one page."""
+"""`sdkit demo`: the notebooks through papermill, side by side, and what they found.
 
-import base64
-import html
+On a CPU each notebook has a core of its own and one thread on it: the bundled model's operations
+are small, and two threads on a core that is busy wait for each other at every one of them.
+"""
+
 import json
 import os
 import shutil
 import time
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
+import nbformat
 import papermill
-from nbclient.exceptions import DeadKernelError
-from nbconvert import HTMLExporter
 from papermill.exceptions import PapermillExecutionError
 
-from sdkit.run_folder import VERDICTS_NAME, replace_file
+from sdkit.batch.kernels import close_zygote, make_manager_class, warm_zygote
+from sdkit.batch.plan import find_packages
+from sdkit.batch.scheduling import MOST_JOBS, count_cores
+from sdkit.demo_page import save_page, save_reading_with_figures
+from sdkit.device import choose_device
+from sdkit.run_folder import VERDICTS_NAME
 from sdkit.validation import ValidationError
 
 HERE = Path(__file__).parent
@@ -60,7 +67,7 @@ def find_notebooks(folders=NOTEBOOKS_FOLDERS) -> list[Path]:
 
 
 def run_demo(
-    output_folder: Path, *, parameters: dict | None = None, notebooks=None
+    output_folder: Path, *, parameters: dict | None = None, notebooks=None, jobs: int | None = None
 ) -> list[NotebookRun]:
     """Runs every notebook, keeps it executed as ipynb and HTML, and writes `index.html`.
 
@@ -68,61 +75,81 @@ def run_demo(
         output_folder: For the executed notebooks and, in a folder each, what they write.
         parameters: For all notebooks, such as {"num_inference_steps": 10}.
         notebooks: Paths; by default the numbered notebooks of the repository.
+        jobs: Notebooks at a time; by default one a core, at most 4, and one where a device (MPS,
+            CUDA) is shared.
 
     Returns:
-        One NotebookRun each; a failed notebook does not stop the others.
+        One NotebookRun each, in order; a failed notebook does not stop the others.
     """
     output_folder = Path(output_folder).resolve()
     output_folder.mkdir(parents=True, exist_ok=True)
-    runs = [
-        run_notebook(path, output_folder, parameters or {})
-        for path in notebooks or find_notebooks()
-    ]
-    write_index(runs, output_folder)
+    notebooks = notebooks or find_notebooks()
+    parameters = parameters or {}
+    has_device = choose_device(parameters.get("backend", "auto"))[0].type != "cpu"
+    jobs = jobs or (1 if has_device else min(count_cores(), MOST_JOBS))
+    packages = {
+        name for path in notebooks for name in find_packages(nbformat.read(path, as_version=4))
+    }
+    warm_zygote(tuple(sorted(packages)), None if has_device else max(1, count_cores() // jobs))
+    try:
+        with ThreadPoolExecutor(jobs) as pool:
+            try:
+                waiting = [
+                    pool.submit(run_notebook, path, output_folder, parameters, position)
+                    for position, path in enumerate(notebooks)
+                ]
+                runs = [future.result() for future in waiting]
+            except BaseException:  # an interrupt, a full disk: what runs on would hold up the end
+                pool.shutdown(wait=False, cancel_futures=True)
+                close_zygote()
+                raise
+    finally:
+        close_zygote()
+    save_page(runs, output_folder)
     return runs
 
 
-def run_notebook(path: Path, output_folder: Path, parameters: dict) -> NotebookRun:
+def run_notebook(path: Path, output_folder: Path, parameters: dict, position=0) -> NotebookRun:
     """Executes one notebook; it is named `<name>.ipynb` only if it ran through."""
     name, started = path.stem, time.perf_counter()
     partial, executed = output_folder / f".{name}.part.ipynb", output_folder / f"{name}.ipynb"
-    failed = output_folder / f"{name}.failed.ipynb"
-    for stale in (executed, failed, executed.with_suffix(".html")):
+    failed, log = output_folder / f"{name}.failed.ipynb", output_folder / f"{name}.failed.log"
+    for stale in (executed, failed, log, executed.with_suffix(".html")):
         stale.unlink(missing_ok=True)
     shutil.rmtree(output_folder / name, ignore_errors=True)
     parameters = {**parameters, "output_folder": str(output_folder / name)}
-    error = None
-    try:
-        papermill.execute_notebook(path, partial, parameters=parameters, cwd=path.parent)
-    except PapermillExecutionError as failure:
-        error = f"cell {failure.exec_count}: {failure.ename}: {failure.evalue}"
-    except DeadKernelError:
-        error = "the kernel died, as it does when memory runs out"
+    bar = {"desc": name, "position": position}
+    error = execute(path, partial, parameters, log, bar)
     os.replace(partial, failed if error else executed)
+    verdicts = ()
     if error is None:
-        export_html(executed, output_folder / name / "figures")
-    verdicts_path = output_folder / name / VERDICTS_NAME
-    verdicts = (
-        json.loads(verdicts_path.read_text("utf-8"))
-        if error is None and verdicts_path.exists()
-        else []
-    )
-    return NotebookRun(name, time.perf_counter() - started, error, tuple(verdicts))
+        log.unlink(missing_ok=True)
+        save_reading_with_figures(executed, output_folder / name / "figures")
+        verdicts_path = output_folder / name / VERDICTS_NAME
+        if verdicts_path.exists():
+            verdicts = tuple(json.loads(verdicts_path.read_text("utf-8")))
+    return NotebookRun(name, time.perf_counter() - started, error, verdicts)
 
 
-def export_html(executed: Path, figures_folder: Path) -> Path:
-    """Writes the notebook as one self-contained page, its reference figure the run's own."""
-    page, _ = HTMLExporter(template_name="lab").from_filename(str(executed))
-    for figure in figures_folder.glob("*.png"):
-        page = page.replace(f"../figures/{figure.name}", embed(figure))
-    path = executed.with_suffix(".html")
-    with replace_file(path) as temporary:
-        temporary.write_text(page, encoding="utf-8")
-    return path
-
-
-def embed(figure: Path) -> str:
-    return f"data:image/png;base64,{base64.b64encode(figure.read_bytes()).decode()}"
+def execute(path, executed, parameters, log, bar) -> str | None:
+    """Runs a notebook on a warm kernel and returns its error in one line, or None."""
+    zygote = warm_zygote(())
+    zygote.wait_until_ready()
+    manager_class, processes = make_manager_class(zygote, log)
+    try:
+        papermill.execute_notebook(
+            path, executed, parameters=parameters, progress_bar=bar,
+            kernel_manager_class=manager_class,
+            # Not cwd=: that would move this whole process, and other notebooks are in its threads.
+            resources={"metadata": {"path": str(path.parent)}},
+        )  # fmt: skip
+    except PapermillExecutionError as failure:
+        return f"cell {failure.exec_count}: {failure.ename}: {failure.evalue}"
+    except Exception:  # nbclient says in many ways that its kernel is gone
+        if zygote.is_closed or not processes or processes[-1].poll() is None:
+            raise
+        return "the kernel died, as it does when memory runs out"
+    return None
 
 
 def format_table(runs: list[NotebookRun]) -> str:
@@ -146,58 +173,3 @@ def format_table(runs: list[NotebookRun]) -> str:
     return "\n".join(
         f"{number}  {question:<{width}}  {answer}{mark}" for number, question, answer, mark in rows
     )
-
-
-def write_index(runs: list[NotebookRun], output_folder: Path) -> Path:
-    """One self-contained page: verdicts, figures, links to the executed notebooks."""
-    sections = "\n".join(section_of(run, output_folder) for run in runs)
-    page = PAGE.replace("{sections}", sections)
-    path = output_folder / "index.html"
-    with replace_file(path) as temporary:
-        temporary.write_text(page, encoding="utf-8")
-    return path
-
-
-def section_of(run: NotebookRun, output_folder: Path) -> str:
-    title = html.escape(run.name[3:].replace("_", " ").capitalize())
-    if run.error:
-        return f'<section><h2>{title}</h2><p class="bad">{html.escape(run.error)}</p></section>'
-    rows = "".join(
-        f"<tr><td>{html.escape(v['question'])}</td>"
-        f'<td class="{"good" if v["as_expected"] else "bad"}">{html.escape(v["answer"])}</td>'
-        f"<td>{html.escape(v['evidence'])}</td></tr>"
-        for v in run.verdicts
-    )
-    figures = "".join(
-        f'<img alt="{html.escape(figure.stem.replace("_", " "))}" src="{embed(figure)}">'
-        for figure in sorted((output_folder / run.name / "figures").glob("*.png"))
-    )
-    return (
-        f"<section><h2>{title}</h2>"
-        f"<table><tr><th>Question</th><th>Answer</th><th>Evidence</th></tr>{rows}</table>"
-        f'{figures}<p><a href="{run.name}.html">The executed notebook</a>, '
-        f"{run.seconds:.0f} s</p></section>"
-    )
-
-
-PAGE = """<!doctype html>
-<html lang="en"><meta charset="utf-8">
-<meta name="viewport" content="width=device-width, initial-scale=1">
-<title>sdkit demo</title>
-<style>
-:root { color-scheme: light dark; }
-body { font: 16px/1.5 system-ui, sans-serif; max-width: 60rem; margin: 2rem auto;
-  padding: 0 1rem; }
-table { border-collapse: collapse; width: 100%; display: block; overflow-x: auto; }
-th, td { text-align: left; padding: .4rem .8rem .4rem 0; border-bottom: 1px solid #8884;
-  vertical-align: top; }
-img { max-width: 100%; height: auto; margin: 1rem 0; background: white; border-radius: .4rem; }
-.good { color: #1b7f5c; font-weight: 600; } .bad { color: #c81e1e; font-weight: 600; }
-</style>
-<h1>Black images: the cause, the cure, the proof</h1>
-<p>Three prompts, three black images, one ignored warning, and a script that reported success.
-What follows was run on this machine a moment ago; where Apple's MPS backend was emulated,
-it says so.</p>
-{sections}
-</html>
-"""

@@ -21,6 +21,7 @@ BAD = "#c81e1e"
 # Told apart by readers with any colour vision, and in grey (Okabe and Ito, 2008, reordered).
 COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#56b4e9", "#e69f00")
 DPI = 150
+DESCRIPTION = "Description"  # as the PNG standard calls this text
 TILE_INCHES, GAP_INCHES = 1.9, 0.12
 TITLE_LETTERS = 32  # as many as fit under a tile
 STYLE = {
@@ -61,12 +62,14 @@ def figure_style():
     return mpl.rc_context(STYLE)
 
 
-def save_figure(figure, path):
+def save_figure(figure, path, description=""):
     """Writes a figure, whole or not at all; the same figure gives the same bytes.
 
     Args:
         figure: A matplotlib Figure, or an Axes of it.
         path: Where to; its ending (.png, .svg, .pdf) is the format. Missing folders are made.
+        description: What it shows, kept inside a PNG: the caption on the page of `sdkit demo`, and
+            what a screen reader says.
 
     Returns:
         The path, as a `Path`.
@@ -74,7 +77,9 @@ def save_figure(figure, path):
     figure = figure if isinstance(figure, Figure) else figure.figure
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    undated = {".svg": {"Date": None}, ".pdf": {"CreationDate": None}}.get(path.suffix, {})
+    metadata = {".svg": {"Date": None}, ".pdf": {"CreationDate": None}}.get(path.suffix, {})
+    if description and path.suffix == ".png":
+        metadata = {DESCRIPTION: description}
     with replace_file(path) as temporary, figure_style():
         figure.savefig(
             temporary,
@@ -82,7 +87,7 @@ def save_figure(figure, path):
             dpi=DPI,
             bbox_inches="tight",
             pad_inches=0.1,
-            metadata=undated,
+            metadata=metadata,
         )
     return path
 

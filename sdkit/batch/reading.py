@@ -9,8 +9,10 @@ from sdkit.run_folder import replace_file
 logging.getLogger("sdkit.batch.reading").addHandler(logging.NullHandler())
 
 
-def save_reading(notebook_path, path):
+def save_reading(notebook_path, path, title=None):
     """Writes an executed notebook as one HTML file and returns its `Path`.
+
+    The title is by default the name of the notebook's folder.
 
     nbconvert's own full templates ask servers for MathJax and RequireJS; its body does not.
     """
@@ -20,7 +22,7 @@ def save_reading(notebook_path, path):
     quiet = logging.getLogger("sdkit.batch.reading")
     exporter = HTMLExporter(template_name="basic", log=quiet)
     body, _ = exporter.from_filename(str(notebook_path))
-    title = html.escape(Path(notebook_path).parent.name)
+    title = html.escape(title or Path(notebook_path).parent.name)
     with replace_file(path) as temporary:
         temporary.write_text(
             PAGE.replace("{title}", title).replace("{body}", body), encoding="utf-8"
