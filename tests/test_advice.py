@@ -28,7 +28,7 @@ def advise(*rows, costs=QUICK, emulated=True, about="overflow"):
         )
     ]  # fmt: skip
     rows = [*rows, row(FLOAT32, 1.0, float("inf"))]
-    advice = recommend(pd.DataFrame([*control, *rows]), costs, emulated=emulated)
+    advice = recommend(pd.DataFrame([*control, *rows]), costs, 55.0, emulated=emulated)
     return {one.device: one for one in advice if one.failure == about}
 
 

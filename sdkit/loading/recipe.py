@@ -13,6 +13,7 @@ from pathlib import Path
 
 import torch
 
+from sdkit.emulate.mode import suspended
 from sdkit.loading.border_casts import MARK, install_border_casts, map_floats, remove_border_casts
 from sdkit.loading.dtype_policy import DTYPES
 from sdkit.loading.lifting import list_tensors, restored
@@ -209,8 +210,9 @@ def set_precision(pipe, float32, dtype) -> list:
     kept = {id(t) for path in float32 for t in list_tensors(find_module(pipe, path))}
     handles = []
     for model in find_models(pipe).values():
-        for tensor in list_tensors(model):
-            tensor.data = tensor.data.to(torch.float32 if id(tensor) in kept else dtype)
+        with suspended():  # a cast rounds alike outside of an emulation, in a tenth of the time
+            for tensor in list_tensors(model):
+                tensor.data = tensor.data.to(torch.float32 if id(tensor) in kept else dtype)
         if len({parameter.dtype for parameter in model.parameters()}) > 1:
             handles += [cast_at(layer) for layer in model.modules() if weight_of(layer) is not None]
     install_border_casts(pipe)

@@ -6,16 +6,18 @@ bytes, then the first on the ladder, which changes least. What draws right only 
 kind is never advised, and named beside the advice.
 """
 
+import math
 from dataclasses import dataclass
 
 import pandas as pd
 
 from sdkit.precision.costs import Cost
 from sdkit.precision.failures import HEALTHY
-from sdkit.precision.rungs import AS_IT_IS, FLOAT32, HOW, NEWER_TORCH
+from sdkit.precision.rungs import AS_IT_IS, FLOAT32, HOW, NEWER_TORCH, PLANNED
 
 TOLERANCE_DB = 1.0  # as plan_precision: no more below what healthy float16 reaches
 SLOW = 1.5  # times float32's seconds: a dtype that takes longer saves memory at too high a price
+ROUNDED_ALIKE = (AS_IT_IS, "float16, SDPA", "float16, safe slicing")
 NOTHING_CURES = "nothing cures it: mend the model"
 
 
@@ -46,7 +48,26 @@ class Advice:
     measured_on: str
 
 
-def recommend(table, costs: dict[str, Cost], *, emulated: bool) -> list[Advice]:
+def find_healthy_db(climbed) -> float:
+    """What float16 costs the model without a failure: the least PSNR that it reaches there.
+
+    One image says little, for how near to float32 one rounding comes is half chance. So all that
+    rounds differently counts: the attentions in float16, and the roundings that the plan measured.
+
+    Args:
+        climbed: From `climb_failures`, with the control.
+
+    Returns:
+        dB; inf where float16 breaks the control too, so that nothing counts as near it.
+    """
+    rungs = {rung.name: rung for rung in climbed[HEALTHY.name]}
+    measured = [rungs[name].psnr_db for name in ROUNDED_ALIKE if name in rungs]
+    if rungs[PLANNED].recipe:
+        measured.append(rungs[PLANNED].recipe.healthy_db)
+    return min((psnr_db for psnr_db in measured if psnr_db is not None), default=math.inf)
+
+
+def recommend(table, costs: dict[str, Cost], healthy_db, *, emulated: bool) -> list[Advice]:
     """Chooses a rung for every device and failure that the numbers can tell about.
 
     Numbers of the emulated Mac tell about MPS. They tell about CUDA and CPU too, for their float16
@@ -56,12 +77,11 @@ def recommend(table, costs: dict[str, Cost], *, emulated: bool) -> list[Advice]:
     Args:
         table: From `tabulate_ladder`, with the control.
         costs: From `measure_costs`; on the device they are from, a slow dtype is not offered.
+        healthy_db: From `find_healthy_db`.
         emulated: Whether the table is from the emulated Mac.
     """
     own = next(iter(costs.values())).device
     slow = {name for name, cost in costs.items() if cost.seconds > SLOW * costs[FLOAT32].seconds}
-    control = table[(table["failure"] == HEALTHY.name) & (table["rung"] == AS_IT_IS)]
-    enough_db = control["PSNR dB"].iloc[0] - TOLERANCE_DB
     advice = []
     for device in ("mps", "cuda", "cpu") if emulated else (own,):
         offered = table if device == "mps" or not emulated else with_honest_kernel(table)
@@ -71,7 +91,7 @@ def recommend(table, costs: dict[str, Cost], *, emulated: bool) -> list[Advice]:
         for failure in dict.fromkeys(table["failure"]):
             about = offered[offered["failure"] == failure]
             rows = about[about["proven"]]
-            best = choose_rung(rows.to_dict("records"), enough_db)
+            best = choose_rung(rows.to_dict("records"), healthy_db - TOLERANCE_DB)
             advice.append(
                 Advice(
                     device=device,

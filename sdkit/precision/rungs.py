@@ -25,6 +25,7 @@ from sdkit.slicing import REPLACEABLE, use_sliced_attention
 
 AS_IT_IS = "float16 as it is"
 NEWER_TORCH = "newer torch (emulated)"
+PLANNED = "planned float16"
 FLOAT32 = "float32"
 HOW = {  # what to type to stay on a rung
     AS_IT_IS: 'load_pipeline(model, dtype="float16")',
@@ -34,7 +35,7 @@ HOW = {  # what to type to stay on a rung
     "bfloat16": 'load_pipeline(model, dtype="bfloat16")',
     "float16, VAE float32": 'load_pipeline(model, dtype={"default": "float16", "vae": "float32"})',
     "rebalanced float16": 'load_pipeline("{folder}/model", dtype="float16")',
-    "planned float16": 'load_pipeline(model, recipe="{folder}/recipe.json")',
+    PLANNED: 'load_pipeline(model, recipe="{folder}/recipe.json")',
     "float16, rescued": 'generate(pipe, prompts, on_nonfinite="rescue")',
     FLOAT32: 'load_pipeline(model, dtype="float32")',
 }
@@ -73,7 +74,7 @@ def list_steps(pipe, prompts, seed, pipe_kwargs, every_rung=False):
         ("bfloat16", "float32's range, 8 bits.", lambda: mixed_precision(pipe, [], brain)),
         ("float16, VAE float32", "The VAE in float32.", lambda: mixed_precision(pipe, vae, half)),
         ("rebalanced float16", "Powers of two moved within.", lambda: rebalanced(pipe)),
-        ("planned float16", "The least float32 that draws right.",
+        (PLANNED, "The least float32 that draws right.",
          lambda: planned(pipe, prompts, seed, pipe_kwargs)),
         ("float16, rescued", "Bad calls again in float32.", lambda: rescued(pipe)),
         (FLOAT32, "Everything in float32.", lambda: in_float32(pipe)),

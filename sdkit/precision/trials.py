@@ -2,17 +2,22 @@
 
 The VAE comes last, so what the UNet gave holds for any choice of the VAE's layers: it is kept and
 handed out again, call by call. Where it broke, it breaks for any such choice, and nothing is run.
+A run ends at the first block of the UNet that gives NaN or Inf.
 """
 
-from contextlib import contextmanager
+import re
+from contextlib import ExitStack, contextmanager
 
 import numpy as np
 
-from sdkit.finding import NonFiniteError
+from sdkit.finding import NonFiniteError, find_tensors
 from sdkit.guarding import find_components
 from sdkit.loading.border_casts import map_floats
 from sdkit.loading.recipe import mixed_precision
 from sdkit.precision.drawing import draw_guarded, low_arithmetic, measure_psnr
+from sdkit.validation import is_finite
+
+BLOCK = re.compile(r"mid_block|(down|up|transformer)_blocks\.\d+")
 
 
 class Trials:
@@ -36,7 +41,7 @@ class Trials:
             with precision, low_arithmetic(self.pipe, self.dtype):
                 return measure_psnr(self._draw(key), self.reference)
         except NonFiniteError as error:
-            if not error.finding.stage.startswith("vae"):
+            if error.finding is None or error.finding.stage != "vae":
                 self.given[key] = None
             return -np.inf
 
@@ -52,7 +57,7 @@ class Trials:
             return copy(given[-1])
 
         try:
-            with forward_replaced(self.denoiser, compute):
+            with forward_replaced(self.denoiser, compute), stopping_early(self.denoiser):
                 return draw_guarded(self.pipe, *self.arguments)
         finally:
             self.given[key] = given
@@ -61,6 +66,21 @@ class Trials:
 def copy(output):
     """The same output in other memory, for what gets it may write into it."""
     return map_floats(output, lambda tensor: tensor.clone())
+
+
+@contextmanager
+def stopping_early(denoiser):
+    """Raises at the first block that gives NaN or Inf: no later one would mend that."""
+
+    def look(module, args, output):
+        if not all(is_finite(tensor) for tensor in find_tensors(output)):
+            raise NonFiniteError("a block of the denoiser gave NaN or Inf")
+
+    with ExitStack() as undo:
+        for name, module in denoiser.named_modules():
+            if BLOCK.fullmatch(name):
+                undo.callback(module.register_forward_hook(look).remove)
+        yield
 
 
 @contextmanager
