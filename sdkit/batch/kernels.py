@@ -6,6 +6,7 @@ The parent is `sdkit.batch.zygote`; each process that executes runs has one, whi
 import contextlib
 import json
 import os
+import shutil
 import signal
 import socket
 import subprocess
@@ -112,6 +113,7 @@ class Zygote:
     def __enter__(self):
         """Starts the process, which imports on its own; `wait_until_ready` before the first use."""
         self._control, theirs = socket.socketpair()
+        self.folder = tempfile.mkdtemp(prefix="sdkit-")  # short: a socket's path has 104 bytes
         self._stderr = tempfile.TemporaryFile()  # noqa: SIM115 - closed with the process
         environment = os.environ | {
             # Looking whether there is a card must not start CUDA, which no fork would survive.
@@ -129,6 +131,7 @@ class Zygote:
                     "-m",
                     "sdkit.batch.zygote",
                     str(theirs.fileno()),
+                    self.folder,
                     *self.packages,
                 ],  # fmt: skip
                 pass_fds=[theirs.fileno()],
@@ -148,6 +151,7 @@ class Zygote:
         self._control.close()
         self._process.wait()
         self._stderr.close()
+        shutil.rmtree(self.folder, ignore_errors=True)  # where the process itself could not
 
     def is_lost(self):
         """Whether it was of use and is not there any more, as where memory ran out."""

@@ -22,7 +22,6 @@ import shutil
 import signal
 import socket
 import sys
-import tempfile
 import time
 import traceback
 
@@ -51,20 +50,21 @@ TRIAL_SECONDS = 60
 PR_SET_PDEATHSIG = 1  # <linux/prctl.h>
 
 
-def main(control, packages):
-    """Imports, tries a fork, says so over `control`, and serves until its other end is closed."""
+def main(control, folder, packages):
+    """Imports, tries a fork, says so over `control`, and serves until its other end is closed.
+
+    The folder, for connection files and sockets, is removed then: nobody else may be left to do it.
+    """
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # an interrupt is for the sweep to handle
-    started = time.perf_counter()
-    for name in (*ALWAYS, *(module for package in packages for module in WARM[package])):
-        importlib.import_module(name)
-    seconds = time.perf_counter() - started
-    gc.collect()
-    gc.freeze()  # the collector of a child leaves these pages alone, so that they stay shared
-    trouble = find_fork_problem()
-    folder = tempfile.mkdtemp(prefix="sdkit-")  # short: a path of a Unix socket has 104 bytes
-    _send(control, {"import_seconds": seconds, "trouble": trouble, "folder": folder})
     request = None
     try:
+        started = time.perf_counter()
+        for name in (*ALWAYS, *(module for package in packages for module in WARM[package])):
+            importlib.import_module(name)
+        seconds = time.perf_counter() - started
+        gc.collect()
+        gc.freeze()  # the collector of a child leaves these pages alone, so that they stay shared
+        _send(control, {"import_seconds": seconds, "trouble": find_fork_problem()})
         request = serve(control)
     finally:
         if request is None:
@@ -230,4 +230,4 @@ def _send(connection, message):
 
 
 if __name__ == "__main__":
-    main(socket.socket(fileno=int(sys.argv[1])), sys.argv[2:])
+    main(socket.socket(fileno=int(sys.argv[1])), sys.argv[2], sys.argv[3:])
