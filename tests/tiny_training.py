@@ -1,32 +1,13 @@
 """Tiny trainings: encoded images of random latents for the tiny pipeline, and quick settings."""
 
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 import torch
 
 from sdkit.finetuning.config import LoRAConfig
+from sdkit.finetuning.encoding import EncodedDataset
 
 CAPTIONS = ("", "red boots", "blue shoes on grass", "white sneakers")
-
-
-@dataclass(frozen=True)
-class EncodedDataset:
-    names: tuple
-    captions: tuple
-    latent_mean: torch.Tensor
-    latent_std: torch.Tensor
-    flipped_mean: object
-    flipped_std: object
-    caption_index: torch.Tensor
-    prompt_embeds: torch.Tensor
-    input_ids: torch.Tensor
-    fingerprint: str
-    scaling_factor: float = 0.18215
-
-    def sample_latents(self, indices, generator, *, flip=None):
-        mean, std = self.latent_mean[indices], self.latent_std[indices]
-        noise = torch.randn(mean.shape, generator=generator)
-        return (mean + std * noise) * self.scaling_factor
 
 
 def make_encoded(pipe, count=24, *, seed=0, size=8):
@@ -51,6 +32,7 @@ def make_encoded(pipe, count=24, *, seed=0, size=8):
         prompt_embeds=prompt_embeds,
         input_ids=input_ids,
         fingerprint=f"tiny-{count}-{seed}",
+        scaling_factor=pipe.vae.config.scaling_factor,
     )
 
 

@@ -75,20 +75,28 @@ def choose_micro_batch(
         return MicroBatch(min(size, share), config.gradient_checkpointing, None, None, reason)
     needs = {}
     for size, checkpointing in list_candidates(config, share):
+        # Half a batch takes at least half: what cannot fit by that is not looked at.
+        whole_gib = needs.get((share, checkpointing), 0.0)
+        if whole_gib * size / share * MARGIN > available_gib:
+            continue
         needs[size, checkpointing] = predict_step_gib(
             pipe, config, size, checkpointing, shapes=shapes, device_type=device_type
         )
         if needs[size, checkpointing] * MARGIN <= available_gib:
             break
-    needed_gib = needs[size, checkpointing]
-    fits = needed_gib * MARGIN <= available_gib
+    (size, checkpointing), needed_gib = list(needs.items())[-1]
     reason = f"{needed_gib:.2f} GiB predicted, {available_gib:.2f} GiB free"
-    if len(needs) > 1 and fits:
-        (larger, twice), larger_gib = list(needs.items())[-2]
-        twice = " with checkpointing" if twice else ""
-        reason += f"; {larger}{twice} would take {larger_gib:.2f} GiB"
-    if not fits:
-        reason += "; the least there is does not fit: expect swapping or a stop"
+    if needed_gib * MARGIN > available_gib:
+        size, checkpointing = 1, config.gradient_checkpointing
+        needed_gib = predict_step_gib(
+            pipe, config, size, checkpointing, shapes=shapes, device_type=device_type
+        )
+        reason = (
+            f"{needed_gib:.2f} GiB predicted, {available_gib:.2f} GiB free: the least there is "
+            "does not fit; expect swapping or a stop"
+        )
+    elif (share, False) in needs and (size, checkpointing) != (share, False):
+        reason += f"; {share} at a time would take {needs[share, False]:.2f} GiB"
     return MicroBatch(size, checkpointing, needed_gib, available_gib, reason)
 
 

@@ -101,19 +101,21 @@ def _read_image(content, resolution):
         if image.getexif().get(ORIENTATION_TAG, 1) in (5, 6, 7, 8):
             width, height = height, width
         rgb, made = convert_to_rgb(turned)
-        verdict = judge_image(rgb)
-        if not verdict.valid:
-            return _refuse(verdict.problem, verdict.message, (width, height))
         fitted = ImageOps.fit(rgb, (resolution, resolution), Image.Resampling.LANCZOS)
-    return Picture(np.asarray(fitted), (*findings, *made), (width, height))
+    pixels = np.asarray(fitted)
+    verdict = judge_image(pixels)
+    if not verdict.valid:
+        return _refuse(verdict.problem, verdict.message, (width, height))
+    return Picture(pixels, (*findings, *made), (width, height))
 
 
 def _find_remarks(image):
     findings = []
-    if image.getexif().get(ORIENTATION_TAG, 1) != 1:
-        findings.append(_remark("turned", "its EXIF data ask for it, and so it is shown upright"))
+    # First, for the EXIF data of a PNG may stand behind its pixels, and to read those clears tile.
     if image.mode.startswith("RGB") and any(";16" in str(tile.args) for tile in image.tile):
         findings.append(_remark("deep", "16 bits a channel, now 8"))  # as Pillow unpacks it
+    if image.getexif().get(ORIENTATION_TAG, 1) != 1:
+        findings.append(_remark("turned", "its EXIF data ask for it, and so it is shown upright"))
     if getattr(image, "is_animated", False):
         findings.append(_remark("animated", f"the first of its {image.n_frames} frames is used"))
     return findings

@@ -85,14 +85,15 @@ def train_lora(
     started = time.perf_counter()
     caught = CaughtWarnings()
     try:
-        with caught, InterruptWatch() as interrupt:
+        with caught:
             run, position = begin_run(
                 config, resume=resume, overwrite=overwrite, pipe=pipe, data=data, progress=progress
             )
             is_shown = progress and run.accelerator.is_main_process
             if is_shown:
                 print(describe_run(run, position))
-            position, stopped, first = run_steps(run, position, interrupt, on_step, is_shown)
+            with InterruptWatch() as interrupt:
+                position, stopped, first = run_steps(run, position, interrupt, on_step, is_shown)
             adapter_path = None if stopped == INTERRUPTED else finish(run, position)
     finally:
         caught.show()  # after an error too: a warning may tell why

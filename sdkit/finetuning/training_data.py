@@ -11,7 +11,7 @@ def load_data(pipe, config: LoRAConfig, accelerator, progress):
     """Reads, checks and encodes the images, once for all processes and all runs.
 
     Returns:
-        (train, validation or None).
+        (train, validation or None, what was found in the files).
     """
     factor = 2 ** (len(pipe.vae.config.block_out_channels) - 1)
     options = {
@@ -21,9 +21,10 @@ def load_data(pipe, config: LoRAConfig, accelerator, progress):
         "progress": progress and accelerator.is_main_process,
     }
     cache_folder = config.cache_folder or Path(config.output_folder).parent / "encoded"
-    encoded = {}
+    encoded, found = {}, []
     for split in ("train", "validation") if config.validation_steps else ("train",):
         dataset = ImageCaptionDataset(config.dataset, split=split, **options)
+        found.append(dataset.report.summary())
         encode = lambda dataset=dataset: encode_dataset(  # noqa: E731
             pipe, dataset, cache_folder, flip=config.random_flip, progress=options["progress"]
         )
@@ -33,4 +34,4 @@ def load_data(pipe, config: LoRAConfig, accelerator, progress):
                 encode()
             accelerator.wait_for_everyone()
         encoded[split] = encode()
-    return encoded["train"], encoded.get("validation")
+    return encoded["train"], encoded.get("validation"), found

@@ -148,12 +148,13 @@ def begin_run(
         )
         notices = [*notices, *report.notices]
     remove_guard(pipe)  # the gates look at every step, and drop where a guard would raise
+    found = []
     if data is None:
         from sdkit.finetuning.training_data import load_data
 
-        data = load_data(pipe, config, accelerator, progress)
+        *data, found = load_data(pipe, config, accelerator, progress)
     train, validation = data
-    notices = [*notices, *_check_size(train, config, accelerator)]
+    notices = [*notices, *found, *_check_size(train, config, accelerator)]
     identity = {
         "base_sample": sample_weights(pipe.unet),
         "train": train.fingerprint,
