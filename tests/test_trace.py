@@ -198,3 +198,90 @@ def test_an_inf_in_one_half_of_a_buffer_outlives_what_is_written_to_the_other(ma
         return buffer * 0
 
     assert trace(fill).op == "aten.exp.default"
+
+
+def write_past_torch(tensor):
+    tensor.detach().numpy()[0, 0] = NAN
+
+
+class Chain(nn.Module):
+    """Two layers and what the caller wants between and after them."""
+
+    def __init__(self, between=lambda x: None, after=lambda x: x):
+        super().__init__()
+        self.first, self.second = nn.Linear(4, 4), nn.Linear(4, 4)
+        self.between, self.after = between, after
+
+    def forward(self, values):
+        values = self.first(values)
+        self.between(values)
+        return self.after(self.second(values))
+
+
+@pytest.mark.parametrize(
+    ("place", "module"),
+    [
+        ("hook of first", "unet.first"),
+        ("hook before second", "unet.second"),
+        ("between", "unet"),
+        ("hook of second", "unet.second"),
+        ("hook of the whole", "unet"),
+    ],
+)
+def test_memory_that_changed_without_an_op_is_put_down_to_the_module_it_changed_in(place, module):
+    model = Chain(write_past_torch if place == "between" else lambda x: None)
+
+    def spoil(module, args, output):
+        write_past_torch(output)
+
+    {
+        "hook of first": lambda: model.first.register_forward_hook(spoil),
+        "hook before second": lambda: model.second.register_forward_pre_hook(
+            lambda module, args: write_past_torch(args[0])
+        ),
+        "between": lambda: None,
+        "hook of second": lambda: model.second.register_forward_hook(spoil),
+        "hook of the whole": lambda: model.register_forward_hook(spoil),
+    }[place]()
+    with torch.no_grad():
+        found = find_first_bad_op(lambda: model(torch.ones(2, 4)), {"unet": model})
+    cause = find_cause(found)
+    assert (found.op, found.module, cause.name) == (None, module, "bad-input")
+    assert "without an op" in cause.evidence["changed"] and cause.evidence["nan_count"] == 1
+    assert cause.evidence["finite_after"] in (
+        "unet.first: aten.addmm.default", "unet.second: aten.addmm.default",
+    )  # fmt: skip
+    assert any("test_trace.py" in hook for hook in cause.evidence["hooks"]) == ("hook" in place)
+    assert "changed after" in str(found)
+
+
+def test_what_was_written_past_torch_and_swallowed_is_told():
+    model = Chain(write_past_torch, lambda x: x)
+    model.second = nn.Identity()
+    model.after = lambda x: x.nan_to_num()
+    with torch.no_grad():
+        found = find_first_bad_op(
+            lambda: model(torch.ones(2, 4)), {"unet": model}, look_for="swallowed"
+        )
+    assert found.op is None and "nan_to_num" in found.swallowed_by
+
+
+@pytest.mark.parametrize(
+    "function",
+    [
+        lambda x: x.t().contiguous().mul_(2).view(-1)[:3].add_(1),
+        lambda x: torch.empty(2, 4).copy_(x).clone(),
+        lambda x: torch._foreach_mul([x, x], 2.0)[0],
+    ],
+)
+def test_memory_that_ops_alone_change_is_not_suspected(function):
+    assert trace(function) is None
+
+
+def test_an_op_that_writes_and_returns_nothing_is_the_one_to_blame():
+    def write(x):
+        torch._foreach_div_([x], 0.0)
+        return x * 1
+
+    found = trace(write)
+    assert found.op == "aten._foreach_div_.Scalar" and found.changed_after is None

@@ -67,6 +67,8 @@ class Cause:
 
 def find_cause(bad: BadOp) -> Cause:
     """Decides why an op gave NaN or Inf, by experiments on the op alone."""
+    if bad.changed_after:
+        return blame_unseen_write(bad)
     if bad.bad_weights:
         return blame_weights(bad, bad.bad_weights)
     cast_weights = tuple(name for summary in bad.inputs for name in summary.weights)
@@ -87,6 +89,23 @@ def find_cause(bad: BadOp) -> Cause:
             "softmax.",
         )
     return judge_memory(bad) or judge_numbers(bad)
+
+
+def blame_unseen_write(bad: BadOp) -> Cause:
+    """What an op had left finite was bad when it was looked at again, and no op ran on it."""
+    changed = bad.outputs[0]
+    evidence = {
+        "changed": "between two ops, without an op",
+        "finite_after": bad.changed_after,
+        "nan_count": changed.nan_count,
+        "inf_count": changed.inf_count,
+        "hooks": list(bad.hooks),
+    }
+    suspect = ", ".join(bad.hooks) or bad.module or "the code between two modules"
+    remedy = f"Something writes past torch: look for numpy, pointers or an extension in {suspect}"
+    if changed.device != "cpu":
+        remedy += ", or for a kernel that writes where it must not"
+    return Cause("bad-input", evidence, f"{remedy}.")
 
 
 def blame_weights(bad: BadOp, names) -> Cause:

@@ -12,6 +12,7 @@ class ModulePath:
     Attributes:
         modules: {name: component} of those that are followed.
         running: Paths of the modules that are running, innermost last.
+        passing: While `on_enter` or `on_leave` is called, what goes into or comes out of it.
         has_denoised: Whether the UNet or transformer was called yet.
     """
 
@@ -20,6 +21,7 @@ class ModulePath:
         self.modules = modules
         self.on_enter, self.on_leave = on_enter, on_leave
         self.running = []
+        self.passing = None
         self.has_denoised = False
         self.changes = []  # (autograd sequence number, path that runs from there on), in order
 
@@ -35,24 +37,34 @@ class ModulePath:
     def _follow(self, module, path, undo):
         """First of the module's hooks on the way in, last on the way out: hooks are its too."""
 
-        def enter(module, args):
+        def enter(module, args, kwargs):
             self.has_denoised |= path in ("unet", "transformer")
             self.running.append(path)
             self.changes.append((torch._C._autograd._get_sequence_nr(), path))
             if self.on_enter:
+                self.passing = (args, kwargs)
                 self.on_enter(path)
+                self.passing = None
 
         def leave(module, args, output):
             if self.running and self.running[-1] == path:
                 self.running.pop()
             self.changes.append((torch._C._autograd._get_sequence_nr(), self.innermost))
             if self.on_leave:
+                self.passing = output
                 self.on_leave(path)
+                self.passing = None
 
-        before = module.register_forward_pre_hook(enter, prepend=True)
+        before = module.register_forward_pre_hook(enter, prepend=True, with_kwargs=True)
         after = module.register_forward_hook(leave, always_call=True)
         undo.callback(before.remove)
         undo.callback(after.remove)
+
+    def find(self, path) -> torch.nn.Module:
+        """The module at a path."""
+        root, _, rest = path.partition(".")
+        component = self.modules[root]
+        return getattr(component, "_orig_mod", component).get_submodule(rest)
 
     @property
     def innermost(self):

@@ -4,7 +4,8 @@ from dataclasses import dataclass, field
 
 import torch
 
-from sdkit.diagnosis.op_traits import name_arguments, name_tensors
+from sdkit.diagnosis.op_traits import name_arguments, name_tensors, read_traits
+from sdkit.emulate.mode import suspended
 
 
 @dataclass(frozen=True)
@@ -174,4 +175,28 @@ def summarize(name: str, tensor: torch.Tensor, weights=(), note: str = "") -> Te
         inf_count=inf_count,
         weights=weights,
         note=note,
+    )
+
+
+def keep_overwritten(func, args, kwargs, ignored):
+    """Returns (args, kwargs) as they are before the op: copies of what it reads and writes.
+
+    What it writes without reading is not copied: it says nothing about the result.
+    """
+    traits = read_traits(func)
+    read_and_written = traits.written - ignored
+    if not read_and_written:
+        return args, kwargs
+
+    def keep(name, value):
+        if name not in read_and_written:
+            return value
+        with suspended():
+            if isinstance(value, torch.Tensor):
+                return value.clone()
+            return [v.clone() if isinstance(v, torch.Tensor) else v for v in value or ()]
+
+    return (
+        tuple(keep(name, value) for name, value in zip(traits.names, args, strict=False)),
+        {name: keep(name, value) for name, value in kwargs.items()},
     )

@@ -99,6 +99,12 @@ def name_tensors(named: dict):
                     yield f"{name}[{index}]", item
 
 
+def find_written(func, tensors: dict) -> tuple[torch.Tensor, ...]:
+    """Of {name: tensor} of a call's arguments, those that the op writes."""
+    written = read_traits(func).written
+    return tuple(tensor for name, tensor in tensors.items() if name.partition("[")[0] in written)
+
+
 def name_options(named: dict) -> dict[str, str]:
     """{name: text} of the arguments that are no tensors."""
     return {

@@ -142,7 +142,7 @@ def plot_bad_op(bad):
     """Draws one op that made NaN: what it was given, what it is, what it made; bad values are red.
 
     Args:
-        bad: The `bad_op` of a Diagnosis, with its live call.
+        bad: The `bad_op` of a Diagnosis that has an `op`, with its live call.
 
     Returns:
         A new Figure, already closed.

@@ -99,7 +99,7 @@ def list_trials(pipe, diagnosis: Diagnosis) -> list[Trial]:
         what = f"counterfactual, the bad values of {', '.join(names)} set to 0"
         return [Trial(what, partial(zeroed_weights, pipe, names))]
     if cause == "bad-input":
-        return try_own_inputs(pipe, diagnosis)
+        return [*try_without_hooks(pipe, diagnosis), *try_own_inputs(pipe, diagnosis)]
     if cause == "masked-softmax":
         return [Trial("fully masked rows attending to nothing", ZeroMaskedRows)]
     if cause == "safety-checker":
@@ -176,6 +176,28 @@ def try_own_inputs(pipe, diagnosis) -> list[Trial]:
         what = "the scheduler made anew"
         trials.append(Trial(what, partial(replaced, pipe, "scheduler", anew)))
     return trials
+
+
+def try_without_hooks(pipe, diagnosis) -> list[Trial]:
+    """Without what others hooked to the module in which memory changed."""
+    hooks = diagnosis.evidence.get("hooks", ())
+    if not hooks:
+        return []
+    what = f"{diagnosis.module} without its hooks"
+    return [Trial(what, partial(without_hooks, find_module(pipe, diagnosis.module)))]
+
+
+@contextmanager
+def without_hooks(module):
+    """A module without its forward hooks; those that come meanwhile go by themselves."""
+    kept = [(hooks, dict(hooks)) for hooks in (module._forward_pre_hooks, module._forward_hooks)]
+    for hooks, _ in kept:
+        hooks.clear()
+    try:
+        yield
+    finally:
+        for hooks, before in kept:
+            hooks.update(before)
 
 
 @contextmanager

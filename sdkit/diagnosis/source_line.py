@@ -1,4 +1,4 @@
-"""Which line of whose code ran an op: the innermost frame outside torch and sdkit."""
+"""Whose code did it: the line that ran an op, outside torch and sdkit, and the hooks of others."""
 
 import contextlib
 import linecache
@@ -29,6 +29,19 @@ def find_source() -> tuple[str | None, str | None]:
             return f"{name_file(path)}:{frame.f_lineno} in {frame.f_code.co_name}", line
         frame = frame.f_back
     return None, None
+
+
+def name_hooks(module) -> tuple[str, ...]:
+    """("spoil (own.py:12)", ...): what others than sdkit and torch hooked to a module's forward."""
+    hooks = [*module._forward_pre_hooks.values(), *module._forward_hooks.values()]
+    codes = [(hook, getattr(hook, "__code__", None)) for hook in hooks]
+    return tuple(
+        f"{hook.__name__} ({name_file(code.co_filename)}:{code.co_firstlineno})"
+        if code
+        else type(hook).__name__
+        for hook, code in codes
+        if not code or is_somebodys(code.co_filename)
+    )
 
 
 def is_somebodys(path: str) -> bool:

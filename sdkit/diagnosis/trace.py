@@ -4,16 +4,18 @@ An op-level dispatch mode, entered inside every emulation, so that it sees what 
 and what the backend answered. It costs a few times the call it watches; so the guard stays the only
 thing that is always on, and only the call that the guard found bad is made again under this mode.
 
-Four rules keep it honest:
+Five rules keep it honest:
 - What an allocation returns is undefined, so an allocation is never a producer; an op that reads
   undefined memory, or a buffer that its contract tells it to ignore, is one.
 - An Inf may be harmless: softmax and sigmoid end it. So the op that made it is only a suspect,
   until a NaN comes of it or it reaches the output. The first NaN ends the search.
 - -inf that was written as a constant is a mask, and no suspect.
 - Numbers are judged outside the emulation, and counted on copies on the CPU.
+- Memory may change without an op: a hook writes through numpy, a kernel where it must not. What an
+  op left finite and the next finds bad is put down to neither; a second run looks at the borders of
+  the modules too, to tell in which of them it changed.
 """
 
-import math
 from collections import deque
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
@@ -23,16 +25,18 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from sdkit.diagnosis.experiments import SOFTMAX_OPS, measure_flushed
+from sdkit.diagnosis.harmless import has_nan_in, is_constant, is_mask, rises
 from sdkit.diagnosis.module_path import ModulePath, plain_path
-from sdkit.diagnosis.op_record import BadOp, OpCall, summarize
+from sdkit.diagnosis.op_record import BadOp, OpCall, keep_overwritten, summarize
 from sdkit.diagnosis.op_traits import (
     find_ignored,
+    find_written,
     name_arguments,
     name_options,
     name_tensors,
     read_traits,
 )
-from sdkit.diagnosis.source_line import find_source
+from sdkit.diagnosis.source_line import find_source, name_hooks
 from sdkit.diagnosis.storage import WeightNames, fills_storage, storage_of
 from sdkit.emulate.mode import is_composite, suspended
 from sdkit.finding import find_tensors
@@ -68,32 +72,48 @@ def find_first_bad_op(call, modules, *, look_for="bad", memory=None, outside_onl
         A BadOp, or None if there was no such op.
     """
     trace = OpTrace(modules, look_for=look_for, memory=memory, outside_only=outside_only)
+    run_traced(trace, call)
+    found = trace.found
+    if found.changed_after if found else trace.is_result_bad:
+        closer = OpTrace(modules, memory=memory, at_borders=True)
+        run_traced(closer, call)
+        if closer.found and closer.found.changed_after:
+            return replace(closer.found, swallowed_by=found and found.swallowed_by)
+    return found
+
+
+def run_traced(trace, call):
+    """Calls it under a trace until that has found what it looks for."""
     try:
         with trace.installed():
             torch.clear_autocast_cache()  # a weight cast before would arrive bad, without its cast
             result = call()
-        if look_for == "bad":
+        if trace.look_for == "bad":
             with suspended():
                 trace.look_at_result(result)
     except _Found:
         pass
-    return trace.found
 
 
 class OpTrace(TorchDispatchMode):
     """Looks at every op until one breaks; `installed()` also follows which module is running."""
 
-    def __init__(self, modules, *, look_for="bad", memory=None, outside_only=False):
+    def __init__(
+        self, modules, *, look_for="bad", memory=None, outside_only=False, at_borders=False
+    ):
         super().__init__()
-        self.path = ModulePath(modules)
+        looks = {"on_enter": self._enter, "on_leave": self._look_at_border} if at_borders else {}
+        self.path = ModulePath(modules, **looks)
         self.look_for = look_for
         self.memory = memory
         self.outside_only = outside_only
         self.found = None
         self.producer = self.latest_suspect = None
+        self.is_result_bad = False
         self.before = deque(maxlen=OPS_BEFORE)
         self.undefined = {}  # {storage: op that gave it out}
         self.suspects = {}  # {storage that holds an Inf: the BadOp that made the Inf}
+        self.finite = {}  # {storage, all of it seen written and finite: the op that wrote last}
         self.weights = WeightNames()
         self.held = []  # weak references: while one is held, no other storage gets that identity
 
@@ -125,7 +145,7 @@ class OpTrace(TorchDispatchMode):
         result = func(*args, **kwargs)
         with suspended():
             undefined = tuple(name for name, place in places.items() if place in self.undefined)
-            outputs = tuple(find_tensors(result))
+            outputs = tuple(find_tensors(result)) or find_written(func, tensors)
             self._look(OpCall(func, *kept, outputs, tuple(ignored), undefined, places, weights))
         return result
 
@@ -149,8 +169,7 @@ class OpTrace(TorchDispatchMode):
         bad_outputs = [tensor for tensor in call.output if not is_finite(tensor)]
         if not bad_outputs:
             self._look_for_swallowing(call)
-            for tensor in filter(fills_storage, call.output):
-                self.suspects.pop(storage_of(tensor), None)
+            self._note_finite(call)
             return
         bad = {name: tensor for name, tensor in call.inputs.items() if not is_finite(tensor)}
         dtype = bad_outputs[0].dtype
@@ -167,13 +186,41 @@ class OpTrace(TorchDispatchMode):
             return
         if weights or not made_by:
             arrived = tuple(name for name in rest if has_nan_in(bad[name]) or rises(bad[name]))
-            made_by = self._describe(call, weights, () if weights else arrived)
+            changed = [bad[name] for name in arrived if call.places[name] in self.finite]
+            made_by = (
+                self._describe_change(changed[0], self.path.innermost)
+                if changed and not weights
+                else self._describe(call, weights, () if weights else arrived)
+            )
         for tensor in bad_outputs:
+            self.finite.pop(storage_of(tensor), None)
             self.suspects[storage_of(tensor)] = made_by
             self.held.append(StorageWeakRef(tensor.untyped_storage()))
         self.latest_suspect = made_by
         if weights or (has_nan and not is_constant(call.named)):
             self._accuse(made_by)
+
+    def _note_finite(self, call):
+        """Remembers which memory holds nothing but what was seen to be finite."""
+        for tensor in call.output:
+            place = storage_of(tensor)
+            if fills_storage(tensor):
+                self.suspects.pop(place, None)
+            if place in self.finite or (fills_storage(tensor) and not self.outside_only):
+                self.finite[place] = f"{self.path.innermost}: {call.func}"
+                self.held.append(StorageWeakRef(tensor.untyped_storage()))
+
+    def _enter(self, path):
+        """What goes into a module changed in the one that calls it, if it changed."""
+        self._look_at_border(next(iter(self.path.running[-2:-1]), ""))
+
+    def _look_at_border(self, module):
+        """Whether a tensor that an op left finite has changed, where modules begin and end."""
+        with suspended():
+            for tensor in find_tensors(self.path.passing):
+                if storage_of(tensor) in self.finite and (has_nan_in(tensor) or rises(tensor)):
+                    self.found = self._describe_change(tensor, module)
+                    raise _Found
 
     def _accuse(self, made_by):
         """A NaN, or an Inf that reached the output, has its origin."""
@@ -185,21 +232,28 @@ class OpTrace(TorchDispatchMode):
     def look_at_result(self, result):
         """After the call: an Inf that is still there, though no NaN came of it."""
         for tensor in find_tensors(result):
-            if not is_finite(tensor) and self.latest_suspect:
+            if is_finite(tensor):
+                continue
+            self.is_result_bad = True
+            if self.latest_suspect:
                 self._accuse(self.suspects.get(storage_of(tensor), self.latest_suspect))
 
     def _look_for_swallowing(self, call):
         """After a first NaN: an op that takes NaN and makes only finite numbers has lost it.
 
-        An Inf that a clamp cuts off is lost as well; softmax and sigmoid may end one.
+        An Inf that a clamp cuts off is lost as well; softmax and sigmoid may end one. So is what
+        came without an op.
         """
         if self.look_for != "swallowed" or not call.output:
             return
         cuts = call.func._schema.name.partition("::")[2].rstrip("_") in CUTTING_OPS
         for name, tensor in call.inputs.items():
             made_by = self.suspects.get(call.places[name], self.producer)
-            if not made_by or is_finite(tensor):
+            may_have_changed = cuts and call.places[name] in self.finite
+            if not (made_by or may_have_changed) or is_finite(tensor):
                 continue
+            if may_have_changed:
+                made_by = self._describe_change(tensor, self.path.innermost)
             if has_nan_in(tensor) or (cuts and call.places[name] in self.suspects):
                 self.found = replace(made_by, swallowed_by=f"{self.path.innermost}: {call.func}")
                 raise _Found
@@ -244,6 +298,21 @@ class OpTrace(TorchDispatchMode):
             call=call,
         )
 
+    def _describe_change(self, tensor, module) -> BadOp:
+        """Memory that an op left finite and that is not finite any more."""
+        return BadOp(
+            op=None,
+            module=module,
+            source=None,
+            source_line=None,
+            inputs=(),
+            outputs=(summarize("changed", tensor),),
+            options={},
+            before=tuple(self.before),
+            changed_after=self.finite[storage_of(tensor)],
+            hooks=name_hooks(self.path.find(module)) if module else (),
+        )
+
     def _name_weights(self, call, name) -> tuple[str, ...]:
         """The weights that an argument is; of many in one buffer the bad ones, if there are any."""
         names = call.weights.get(name, ())
@@ -258,48 +327,3 @@ class OpTrace(TorchDispatchMode):
         if name.partition("[")[0] in call.ignored:
             notes.append("ignored by contract")
         return ", ".join(notes)
-
-
-def keep_overwritten(func, args, kwargs, ignored):
-    """Returns (args, kwargs) as they are before the op: copies of what it reads and writes.
-
-    What it writes without reading is not copied: it says nothing about the result.
-    """
-    traits = read_traits(func)
-    read_and_written = traits.written - ignored
-    if not read_and_written:
-        return args, kwargs
-
-    def keep(name, value):
-        if name not in read_and_written:
-            return value
-        with suspended():
-            if isinstance(value, torch.Tensor):
-                return value.clone()
-            return [v.clone() if isinstance(v, torch.Tensor) else v for v in value or ()]
-
-    return (
-        tuple(keep(name, value) for name, value in zip(traits.names, args, strict=False)),
-        {name: keep(name, value) for name, value in kwargs.items()},
-    )
-
-
-def has_nan_in(tensor) -> bool:
-    """Whether a tensor holds NaN."""
-    return tensor.is_floating_point() and bool(tensor.detach().float().isnan().any())
-
-
-def rises(tensor) -> bool:
-    """Whether a tensor holds +inf: -inf alone may be a mask that came from outside."""
-    return bool((tensor.detach().float() == float("inf")).any())
-
-
-def is_mask(named, outputs) -> bool:
-    """Whether -inf alone was written as a constant, as by `masked_fill(-inf)` or `full(-inf)`."""
-    numbers = [value for value in named.values() if isinstance(value, float)]
-    return float("-inf") in numbers and not any(map(rises, outputs))
-
-
-def is_constant(named) -> bool:
-    """Whether a NaN was written as a number: a suspect, for nobody may ever read it."""
-    return any(isinstance(value, float) and math.isnan(value) for value in named.values())
