@@ -33,6 +33,7 @@ EXPORTS = {
     "ImageCaptionDataset": "sdkit.finetuning",
     "prepare_fashion_products": "sdkit.finetuning.fashion",
     "train_lora": "sdkit.finetuning",
+    "evaluate_lora": "sdkit.finetuning.evaluation",
 }
 __all__ = [*EXPORTS, "__version__"]
 

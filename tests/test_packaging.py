@@ -20,6 +20,7 @@ PROMISED = {
     "run_probes", "measure_headroom", "rebalance", "amplify", "plan_precision",
     "predict_memory", "ImageCaptionDataset", "prepare_fashion_products", "LoRAConfig",
     "train_lora", "run_sweep", "load_results", "diagnose", "Diagnosis",
+    "evaluate_lora",
 }  # fmt: skip
 TOP_LEVEL = {
     "notebooks", "sdkit", "tests", "figures", "environment.yml", "README.md", "pyproject.toml",
