@@ -41,6 +41,7 @@ def test_the_lightest_rung_that_is_as_good_as_healthy_float16_is_advised():
     assert advise(BRAIN, VAE)["mps"].do == "float16, VAE float32"
     assert advise(BRAIN)["mps"].do == FLOAT32
     assert advise(BRAIN, VAE, MOVED)["mps"].others == 3
+    assert advise(MOVED)["mps"].how.startswith('sdkit fix MODEL, then load_pipeline("runs/fix')
 
 
 def test_what_is_invalid_or_only_hides_the_fault_is_never_advised():
@@ -52,9 +53,12 @@ def test_what_is_invalid_or_only_hides_the_fault_is_never_advised():
 
 
 def test_a_kernel_fault_is_not_held_against_devices_that_do_not_have_it():
-    advice = advise(row(AS_IT_IS, 0.5, None), row(NEWER_TORCH, 0.5, 55.0), VAE)
+    rungs = [row(AS_IT_IS, 0.5, None), row(NEWER_TORCH, 0.5, 55.0)]
+    rungs += [row("bfloat16", 0.5, 54.9, hides=True)]
+    advice = advise(*rungs, VAE, costs=SLOW_HALF)
     assert advice["mps"].do == NEWER_TORCH and "pip install" in advice["mps"].how
     assert advice["cuda"].do == AS_IT_IS
+    assert advice["cpu"].do == "bfloat16" and advice["cpu"].only_hide == ()
 
 
 def test_a_dtype_that_is_slow_here_is_not_offered_here():

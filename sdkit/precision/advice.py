@@ -101,11 +101,17 @@ def recommend(table, costs: dict[str, Cost], healthy_db, *, emulated: bool) -> l
                     psnr_db=best and best["PSNR dB"],
                     others=max(0, len(rows) - 1),
                     only_hide=tuple(about[about["only hides"]]["rung"]),
-                    how=HOW[best["rung"]] if best else "sdkit diagnose",
+                    how=describe_how(best["rung"]) if best else "sdkit diagnose",
                     measured_on=measured_on,
                 )
             )
     return advice
+
+
+def describe_how(rung: str) -> str:
+    """What to type; where a file is needed, the command that writes it comes first."""
+    line = HOW[rung].replace("{folder}", "runs/fix")
+    return line if line == HOW[rung] else f"sdkit fix MODEL, then {line}"
 
 
 def choose_rung(rows: list[dict], enough_db: float) -> dict | None:
@@ -120,10 +126,11 @@ def choose_rung(rows: list[dict], enough_db: float) -> dict | None:
 def with_honest_kernel(table) -> pd.DataFrame:
     """The table of a device without MPS's kernel faults: float16 as it is, is what a fix gives.
 
-    Nothing is hidden there, for there is nothing to hide.
+    What hides a fault of MPS's kernel draws right there, for there is nothing to hide.
     """
     honest = table[table["rung"] == NEWER_TORCH].assign(rung=AS_IT_IS)
-    rest = table[~table["rung"].isin((AS_IT_IS, NEWER_TORCH)) & ~table["only hides"]]
+    rest = table[~table["rung"].isin((AS_IT_IS, NEWER_TORCH))]
+    rest = rest.assign(**{"proven": rest["proven"] | rest["only hides"], "only hides": False})
     return pd.concat([honest, rest])
 
 
