@@ -90,6 +90,17 @@ def test_a_missing_file_is_a_bad_line_beside_the_others(images):
     assert words == ["ok", "missing", "all-black", "3"]
 
 
+def test_a_folder_that_cannot_be_searched_is_told_not_passed_over(images, monkeypatch):
+    """Folders nested deeper than the system takes a path: also root may not search them."""
+    monkeypatch.chdir(images)
+    for _ in range(17):  # of 255 characters, where paths end at 4096
+        os.mkdir("d" * 255)
+        os.chdir("d" * 255)
+    result = run("check", images)
+    assert result.exit_code == 2
+    assert "cannot be searched (File name too long)" in result.stderr
+
+
 def test_names_that_no_encoding_knows_and_links_to_nowhere(images):
     """In a process of its own, for its output must pass a real, narrow stream."""
     strange = os.fsencode(images) + b"/line\nfeed \xff " + "黑.png".encode()

@@ -60,12 +60,12 @@ def find_image_files(paths):
 
 
 def _search_folder(folder):
-    def refuse(error):
+    def refuse_folder(error):
         refuse(f"{error.filename}: cannot be searched ({error.strerror}). Check its permissions.")
 
     return sorted(
         Path(parent, name)
-        for parent, _, names in os.walk(folder, onerror=refuse)
+        for parent, _, names in os.walk(folder, onerror=refuse_folder)
         for name in names
         if name.lower().endswith(IMAGE_ENDINGS)
     )
