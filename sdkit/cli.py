@@ -14,7 +14,16 @@ from typer.core import TyperGroup
 
 from sdkit.commands.options import INTERRUPTED, UNUSABLE
 
-COMMANDS = ("check", "demo", "doctor", "diagnose", "fix", "prepare", "sweep", "train")
+COMMANDS = {  # in the order of the story, each in a line that the list of commands does not cut
+    "demo": "Tell the whole story on the bundled model, offline.",
+    "check": "Tell valid image files from black and damaged ones.",
+    "doctor": "Find what this machine computes wrongly, and what to do.",
+    "diagnose": "Name the cause of a broken image, and prove it.",
+    "fix": "Find the smallest change that makes float16 right.",
+    "prepare": "Make a folder to train on from product photographs.",
+    "train": "Train a LoRA that no NaN can reach.",
+    "sweep": "Run a notebook for every combination of a grid.",
+}
 
 
 class Commands(TyperGroup):
@@ -79,5 +88,5 @@ def main(
     sys.stderr.reconfigure(errors="backslashreplace")
 
 
-for name in COMMANDS:
-    app.command()(getattr(import_module(f"sdkit.commands.{name}"), name))
+for name, summary in COMMANDS.items():
+    app.command(short_help=summary)(getattr(import_module(f"sdkit.commands.{name}"), name))

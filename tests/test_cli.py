@@ -10,7 +10,7 @@ import pytest
 from PIL import Image
 from typer.testing import CliRunner
 
-from sdkit.cli import app
+from sdkit.cli import COMMANDS, app
 
 
 def run(*arguments):
@@ -111,6 +111,16 @@ def test_names_that_no_encoding_knows_and_links_to_nowhere(images):
     result = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
     assert (result.returncode, result.stderr) == (1, "")
     assert [line.split()[0] for line in result.stdout.splitlines()] == ["ok", "missing", "2"]
+
+
+def test_the_list_of_commands_can_be_read_whole():
+    listed = run("--help").stdout
+    assert all(f"{name:<10}{summary}\n" in listed for name, summary in COMMANDS.items())
+
+
+def test_every_command_has_json():
+    for name in COMMANDS:
+        assert "--json" in run(name, "--help").stdout, name
 
 
 def test_help_and_check_do_not_wait_for_torch():

@@ -16,7 +16,7 @@ IMAGE_ENDINGS = (".png", ".jpg", ".jpeg", ".webp", ".tif", ".tiff", ".gif", ".bm
 def check(
     paths: Annotated[
         list[Path],
-        typer.Argument(metavar="PATH...", help="Image files, and folders to search for images."),
+        typer.Argument(metavar="PATH", help="Image files, and folders to search for images."),
     ],
     as_json: AsJson = False,
 ):

@@ -12,10 +12,14 @@ from sdkit.commands.options import BAD, AsJson
 
 def demo(
     output: Annotated[
-        Path, typer.Option(help="Folder for the executed notebooks, images and index.html.")
+        Path,
+        typer.Option(
+            metavar="FOLDER", help="Folder for the executed notebooks, images and index.html."
+        ),
     ] = Path("runs/demo"),
     steps: Annotated[
-        int, typer.Option(help="Denoising steps an image; fewer is a quicker look.", min=1)
+        int,
+        typer.Option(metavar="N", help="Denoising steps an image; fewer is a quicker look.", min=1),
     ] = 25,
     as_json: AsJson = False,
 ):

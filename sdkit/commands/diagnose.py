@@ -23,22 +23,27 @@ from sdkit.commands.options import (
 def diagnose(
     prompts: Prompts = None,
     model: Annotated[
-        str | None, typer.Option(help="mini (the bundled one), a folder, a file or a Hub id.")
+        str | None,
+        typer.Option(metavar="MODEL", help="mini (the bundled one), a folder, a file or a Hub id."),
     ] = None,
     backend: Backend = "auto",
-    dtype: Annotated[str, typer.Option(help="auto, float16, bfloat16 or float32.")] = "auto",
+    dtype: Annotated[
+        str, typer.Option(metavar="DTYPE", help="auto, float16, bfloat16 or float32.")
+    ] = "auto",
     attention: Attention = "sdpa",
     steps: Steps = 25,
     guidance: Guidance = 7.5,
     seed: Seed = 0,
     incident: Annotated[
-        Path | None, typer.Option(help="A folder incident_... that generate left: replay it.")
+        Path | None,
+        typer.Option(metavar="FOLDER", help="A folder incident_... that generate left: replay it."),
     ] = None,
     emulate: Emulate = None,
     memory: Memory = None,
     prove: Annotated[bool, typer.Option(help="Run again with the remedy.")] = True,
     reproduction: Annotated[
-        Path | None, typer.Option(help="Where to write the script that shows a backend fault.")
+        Path | None,
+        typer.Option(metavar="FILE", help="Where to write the script that shows a backend fault."),
     ] = None,
     as_json: AsJson = False,
 ):

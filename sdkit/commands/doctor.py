@@ -18,7 +18,8 @@ def doctor(
         typer.Option(metavar="FAULT", help="Show an emulated Mac with this fault; repeatable."),
     ] = None,
     model: Annotated[
-        str | None, typer.Option(help="Choose dtypes for this model on disk, not for SD 1.5.")
+        str | None,
+        typer.Option(metavar="MODEL", help="Choose dtypes for this model on disk, not for SD 1.5."),
     ] = None,
     fresh: Annotated[
         bool, typer.Option("--fresh", help="Run the probes again, whatever is kept of them.")

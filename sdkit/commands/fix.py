@@ -20,10 +20,15 @@ from sdkit.commands.options import (
 
 
 def fix(
-    model: Annotated[str, typer.Argument(help="mini, a folder, a file or a Hub id.")] = "mini",
+    model: Annotated[
+        str, typer.Argument(metavar="MODEL", help="mini, a folder, a file or a Hub id.")
+    ] = "mini",
     prompts: Prompts = None,
     output: Annotated[
-        Path, typer.Option(help="Folder for the recipe or model, fix.json and the picture.")
+        Path,
+        typer.Option(
+            metavar="FOLDER", help="Folder for the recipe or model, fix.json and the picture."
+        ),
     ] = Path("runs/fix"),
     backend: Backend = "auto",
     attention: Attention = "sdpa",

@@ -9,15 +9,26 @@ from sdkit.commands.options import AsJson
 
 
 def prepare(
-    source: Annotated[Path, typer.Argument(help='The unpacked "Fashion Product Images" download.')],
-    output_folder: Annotated[Path, typer.Argument(help="Is made; nothing may be there yet.")],
+    source: Annotated[
+        Path,
+        typer.Argument(metavar="SOURCE", help='The unpacked "Fashion Product Images" download.'),
+    ],
+    output_folder: Annotated[
+        Path, typer.Argument(metavar="FOLDER", help="Is made; nothing may be there yet.")
+    ],
     article_type: Annotated[
         list[str] | None,
-        typer.Option(help="Which products, by articleType; repeatable. Casual Shoes if none."),
+        typer.Option(
+            metavar="TYPE", help="Which products, by articleType; repeatable. Casual Shoes if none."
+        ),
     ] = None,
-    size: Annotated[int, typer.Option(help="Side of the pictures in pixels, at most.")] = 512,
-    limit: Annotated[int | None, typer.Option(help="At most so many products.")] = None,
-    seed: Annotated[int, typer.Option(help="Of the split.")] = 42,
+    size: Annotated[
+        int, typer.Option(metavar="PIXELS", help="Side of the pictures in pixels, at most.")
+    ] = 512,
+    limit: Annotated[
+        int | None, typer.Option(metavar="N", help="At most so many products.")
+    ] = None,
+    seed: Annotated[int, typer.Option(metavar="N", help="Of the split.")] = 42,
     as_json: AsJson = False,
 ):
     """Make captioned square pictures, split 70, 15 and 15 %, of a download of products."""

@@ -12,27 +12,36 @@ from sdkit.commands.options import BAD, AsJson
 def sweep(
     notebook: Annotated[
         str,
-        typer.Argument(help="A notebook with a parameters cell; draw_images is in the package."),
+        typer.Argument(
+            metavar="NOTEBOOK",
+            help="A notebook with a parameters cell; draw_images is in the package.",
+        ),
     ],
     grid: Annotated[
         str,
         typer.Argument(
-            help="A grid in YAML, or one of the package: report_ablation, dtype_scheduler_steps."
+            metavar="GRID",
+            help="A grid in YAML, or one of the package: report_ablation, dtype_scheduler_steps.",
         ),
     ],
     jobs: Annotated[
-        int | None, typer.Option(help="Notebooks at a time; by default one a core, at most 4.")
+        int | None,
+        typer.Option(metavar="N", help="Notebooks at a time; by default one a core, at most 4."),
     ] = None,
     scheduler: Annotated[
-        str | None, typer.Option(help="A Dask scheduler, such as tcp://127.0.0.1:8786.")
+        str | None,
+        typer.Option(metavar="ADDRESS", help="A Dask scheduler, such as tcp://127.0.0.1:8786."),
     ] = None,
     output: Annotated[
-        Path | None, typer.Option(help="Folder for the results; by default runs/sweeps/GRID.")
+        Path | None,
+        typer.Option(metavar="FOLDER", help="Folder for the results; by default runs/sweeps/GRID."),
     ] = None,
     force: Annotated[bool, typer.Option("--force", help="Run again what is done.")] = False,
-    retry: Annotated[int, typer.Option(help="Further attempts for a run that fails.")] = 0,
+    retry: Annotated[
+        int, typer.Option(metavar="K", help="Further attempts for a run that fails.")
+    ] = 0,
     timeout: Annotated[
-        float | None, typer.Option(help="Seconds after which a run is stopped.")
+        float | None, typer.Option(metavar="SECONDS", help="Seconds after which a run is stopped.")
     ] = None,
     as_json: AsJson = False,
 ):
