@@ -6,7 +6,7 @@ import pytest
 import safetensors.torch
 import torch
 from safetensors import safe_open
-from tiny_pipelines import build_tiny_pipe, build_tiny_xl_pipe
+from tiny_pipelines import build_tiny_pipe, build_tiny_sd3_pipe, build_tiny_xl_pipe
 from tiny_training import make_config, make_encoded
 
 from sdkit.finetuning.adapter import add_adapter, read_adapter, write_adapter
@@ -19,6 +19,7 @@ from sdkit.finetuning.adapter_file import (
 )
 from sdkit.finetuning.kohya import export_kohya
 from sdkit.finetuning.merging import merge_adapter, unmerge_adapter
+from sdkit.finetuning.training import train_lora
 from sdkit.validation import ValidationError
 
 ALL = ("attention", "feed_forward", "convolution", "text_encoder")
@@ -92,6 +93,13 @@ def test_targets(tiny_pipe, tmp_path, targets, expected):
 def test_other_pipelines_are_refused(tokenizer_folder, tmp_path):
     with pytest.raises(ValidationError, match="StableDiffusionXLPipeline: cannot be trained"):
         add_adapter(build_tiny_xl_pipe(tokenizer_folder), make_config(tmp_path))
+
+
+@pytest.mark.parametrize("build", [build_tiny_xl_pipe, build_tiny_sd3_pipe])
+def test_other_pipelines_are_refused_before_anything_is_read(tokenizer_folder, tmp_path, build):
+    config = make_config(tmp_path / "run", dataset=str(tmp_path / "nowhere"))
+    with pytest.raises(ValidationError, match="Pipeline: cannot be trained here"):
+        train_lora(config, pipe=build(tokenizer_folder), progress=False)
 
 
 @pytest.mark.parametrize("targets", [("attention",), ALL, ("convolution",), ("text_encoder",)])

@@ -175,6 +175,12 @@ def test_links_are_followed_but_in_no_circle(tmp_path):
         ("captions.json", '["a.png"]', "entry 0"),
         ("metadata.csv", "name,text\na.png,shoe\n", "row 2: names no file"),
         ("metadata.jsonl", b"\xff\xfe\x00", "UTF-8"),
+        ("metadata.jsonl", "[" * 100_000, "line 1: not JSON"),
+        (
+            "metadata.csv",
+            "file_name,text\na.png," + "a" * 200_000,
+            "metadata.csv, line .*: not CSV",
+        ),
     ],
 )
 def test_a_damaged_table_is_an_error_that_names_the_line(tmp_path, name, content, message):
@@ -187,3 +193,53 @@ def test_a_caption_that_is_not_utf8(tmp_path):
     make_images(tmp_path, "a.png")
     (tmp_path / "a.txt").write_bytes("größe".encode("latin-1"))
     assert find_kinds(tmp_path) == {"a.png": ["unreadable-caption"]}
+
+
+def write_lines(path, rows):
+    path.write_text("".join(json.dumps({"file_name": n, "text": t}) + "\n" for n, t in rows))
+
+
+def test_a_table_speaks_for_its_folder_unless_one_further_down_does(tmp_path):
+    make_images(tmp_path, "a.png", "deep/b.png", "deep/c.png", "beside/d.png", "beside/er/e.png")
+    write_lines(tmp_path / "metadata.jsonl", [("a.png", "1"), ("deep/b.png", "2"), ("x.png", "3")])
+    write_lines(tmp_path / "deep" / "metadata.jsonl", [("b.png", "4"), ("gone.png", "5")])
+    write_lines(tmp_path / "beside" / "metadata.jsonl", [("d.png", "6"), ("er/e.png", "7")])
+    assert read_captions(tmp_path) == {
+        "a.png": "1", "x.png": "3", "deep/b.png": "4", "deep/c.png": None, "deep/gone.png": "5",
+        "beside/d.png": "6", "beside/er/e.png": "7",
+    }  # fmt: skip
+
+
+def test_one_table_above_all_splits(tmp_path):
+    make_images(tmp_path, "train/a.png", "validation/b.png")
+    rows = [
+        ("train/a.png", "1"),
+        ("validation/b.png", "2"),
+        ("train/gone.png", "3"),
+        ("c.png", "4"),
+    ]
+    write_lines(tmp_path / "metadata.jsonl", rows)
+    found = find_captioned_files(tmp_path / "train", is_split=True)
+    assert {file.name: file.caption for file in found} == {
+        "../c.png": "4", "a.png": "1", "gone.png": "3"
+    }  # fmt: skip
+    assert [finding.kind for finding in found[0].findings] == ["outside"]
+    assert find_kinds(tmp_path / "train") == {"a.png": ["no-caption"]}
+
+
+@pytest.mark.parametrize(
+    ("value", "kind", "message"),
+    [
+        (42, "no-caption", "42 is no text"),
+        (["a", "b"], "no-caption", "no text"),
+        ("\ud83d shoe", "unreadable-caption", "half of a character"),
+        (None, "no-caption", "empty in metadata.jsonl"),
+    ],
+)
+def test_what_is_no_caption(tmp_path, value, kind, message):
+    make_images(tmp_path, "a.png")
+    write_jsonl(tmp_path, [{"file_name": "a.png", "text": value}])
+    (file,) = find_captioned_files(tmp_path)
+    assert file.caption is None
+    assert [finding.kind for finding in file.findings] == [kind]
+    assert message in file.findings[0].message

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from diffusers import DDIMScheduler
+from diffusers import DDIMScheduler, FlowMatchEulerDiscreteScheduler
 from diffusers.training_utils import compute_snr
 from tiny_training import make_config, make_encoded
 
@@ -39,6 +39,12 @@ def test_a_perfect_model_has_no_loss(tiny_pipe, tmp_path, prediction_type):
 def test_other_predictions_are_refused(tiny_pipe):
     with pytest.raises(ValidationError, match="prediction_type='sample'"):
         use_scheduler(tiny_pipe, prediction_type="sample")
+
+
+def test_a_schedule_of_flow_matching_is_refused(tiny_pipe):
+    tiny_pipe.scheduler = FlowMatchEulerDiscreteScheduler()
+    with pytest.raises(ValidationError, match="FlowMatchEulerDiscreteScheduler has no betas"):
+        make_noise_scheduler(tiny_pipe)
 
 
 @pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction"])

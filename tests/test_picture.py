@@ -3,7 +3,7 @@ import warnings
 
 import numpy as np
 import pytest
-from PIL import Image, ImageFile
+from PIL import Image, ImageFile, ImageOps
 from tiny_images import make_image
 
 from sdkit.finetuning.picture import hash_pixels, read_picture
@@ -52,6 +52,20 @@ def test_exif_turns_as_the_camera_meant(tmp_path):
     turned, expected = read(tmp_path / "a.png"), read(tmp_path / "upright.png")
     assert kinds(turned) == ["turned"] and turned.size_pixels == (48, 40)
     np.testing.assert_array_equal(turned.pixels, expected.pixels)
+
+
+@pytest.mark.parametrize("orientation", range(10))
+def test_every_orientation(tmp_path, orientation):
+    """As Pillow turns it; 0 and 9 are none, so nothing is said of them."""
+    image = make_image(1, (40, 32))
+    save_with_orientation(image, tmp_path / "a.png", orientation)
+    picture = read(tmp_path / "a.png")
+    assert kinds(picture) == (["turned"] if 2 <= orientation <= 8 else [])
+    size = (32, 40) if 5 <= orientation <= 8 else (40, 32)
+    assert picture.size_pixels == size
+    with Image.open(tmp_path / "a.png") as opened:
+        upright = ImageOps.fit(ImageOps.exif_transpose(opened), (32, 32), Image.Resampling.LANCZOS)
+    np.testing.assert_array_equal(picture.pixels, np.asarray(upright))
 
 
 @pytest.mark.parametrize("mode", ["RGBA", "LA", "PA"])

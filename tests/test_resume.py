@@ -3,11 +3,13 @@
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+import torch
 from tiny_pipelines import build_tiny_pipe
 from tiny_training import make_config, make_data, make_encoded
 
@@ -103,6 +105,36 @@ def test_a_damaged_checkpoint_is_an_error(finished, tokenizer_folder, file, dama
         resume(finished, tokenizer_folder)
     shutil.rmtree(path.parent)
     assert resume(finished, tokenizer_folder).steps_done == 4
+
+
+def test_dropout_resumes_exactly(tokenizer_folder, tmp_path):
+    """It draws from torch's own generators, which others draw from as well."""
+
+    def run(name, stop_after=None, **options):
+        pipe = build_tiny_pipe(tokenizer_folder)
+        for layer in pipe.unet.modules():
+            if isinstance(layer, torch.nn.Dropout):
+                layer.p = 0.2
+        config = make_config(
+            tmp_path / name, max_train_steps=4, checkpointing_steps=1, validation_steps=None
+        )
+
+        def watch(record):
+            if record.step == stop_after:
+                os.kill(os.getpid(), signal.SIGINT)
+            torch.rand(record.step + 1)  # of whoever watches: it has no say
+
+        return train_lora(
+            config, pipe=pipe, data=make_data(pipe), progress=False, on_step=watch, **options
+        )
+
+    whole = run("whole")
+    torch.manual_seed(5)
+    assert run("cut", stop_after=1).stopped == "interrupted"
+    torch.manual_seed(6)
+    assert run("cut", resume=True).losses == whole.losses
+    ends = [(tmp_path / name / ADAPTER).read_bytes() for name in ("whole", "cut")]
+    assert ends[0] == ends[1]
 
 
 def test_no_checkpoint_is_an_error(finished, tokenizer_folder, tmp_path):

@@ -16,6 +16,7 @@ from typer.testing import CliRunner
 
 from sdkit import LoRAConfig
 from sdkit.cli import app
+from sdkit.finetuning.dataset_report import DatasetReport
 
 
 def run(*arguments):
@@ -54,6 +55,8 @@ def test_a_file_and_options_then_again_then_resume(settings, tmp_path):
     report = json.loads(result.stdout)
     assert report["settings"]["rank"] == 2 and report["steps_done"] == 2
     assert Path(report["adapter_path"]).is_file()
+    found = DatasetReport.from_json((folder / "dataset_train.json").read_text())
+    assert len(found.files) == 8 and found.split == "train"
     again = run(settings, "--output-folder", folder)
     assert again.exit_code == 2 and "a training is there already" in again.output
     resumed = run("--resume", folder, "--json")

@@ -15,7 +15,7 @@ from sdkit.finetuning.batches import draw_batch
 from sdkit.finetuning.checkpoints import list_checkpoints
 from sdkit.finetuning.gradient_step import compute_gradients, take_step
 from sdkit.finetuning.report import REPORT_FILE
-from sdkit.finetuning.training import train_lora
+from sdkit.finetuning.training import find_gradients, train_lora
 from sdkit.finetuning.training_run import begin_run, save
 from sdkit.validation import ValidationError
 
@@ -152,6 +152,25 @@ def test_gradients_that_are_not_finite_never_reach_the_weights(tiny_pipe, data, 
     assert report.steps_done == 5
 
 
+def test_a_bad_held_out_image_is_left_out(tiny_pipe, data, tmp_path):
+    report = train(tiny_pipe, (data[0], spoil(data[1], 2)), tmp_path / "run")
+    assert report.is_good and report.rollbacks == 0 and not report.dropped_steps
+    assert len(report.validation_losses) == 3
+    assert any("held out no more" in n and "image_002.png" in n for n in report.notices)
+
+
+def test_a_held_out_image_that_overflows_in_the_model_is_named(tiny_pipe, data, tmp_path):
+    report = train(
+        tiny_pipe, (data[0], spoil(data[1], 2, 1e25)), tmp_path / "run", max_train_steps=3,
+        max_rollbacks=0,
+    )  # fmt: skip
+    assert report.stopped.startswith("given up")
+    (dropped,) = report.dropped_steps
+    assert (dropped.gate, dropped.cause, dropped.images) == (
+        "validation", "bad-input", ("image_002.png",)
+    )  # fmt: skip
+
+
 def test_bad_weights_are_the_model_s_fault(tiny_pipe, data, tmp_path):
     tiny_pipe.unet.mid_block.resnets[0].conv1.weight.data[0, 0, 0, 0] = NAN
     report = train(tiny_pipe, (data[0], None), tmp_path / "run", max_bad_steps=2, max_rollbacks=1)
@@ -254,6 +273,16 @@ def test_a_loss_scale_that_is_too_large_costs_no_step(tiny_pipe, data, tmp_path)
     )  # fmt: skip
     assert report.steps_done == 2 and not report.dropped_steps
     assert any("forced" in notice for notice in report.notices)
+
+
+def test_gradients_that_no_loss_scale_mends_leave_it_as_it_was(tiny_pipe, data, tmp_path):
+    layer = tiny_pipe.unet.mid_block.attentions[0].transformer_blocks[0].attn1.to_q
+    config = make_config(tmp_path / "run", micro_batch=16, validation_steps=None)
+    run, progress = begin_run(config, pipe=tiny_pipe, data=data, progress=False)
+    progress = dataclasses.replace(progress, loss_scale=4.0)
+    layer.register_full_backward_hook(lambda m, grad_input, g: (grad_input[0] * NAN,))
+    after, _, _, gate = find_gradients(run, draw_batch(run.train, config, 1000, 0), progress)
+    assert (gate, after.loss_scale) == ("gradients", 4.0)
 
 
 def test_refusals(tiny_pipe, data, tmp_path):

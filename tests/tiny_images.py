@@ -29,8 +29,8 @@ def write_jsonl(folder, entries):
     (folder / "metadata.jsonl").write_text(text)
 
 
-def make_splits(folder, train=4, validation=2):
+def make_splits(folder, train=4, validation=2, *, size=(40, 40)):
     """Folders train and validation."""
-    make_folder(folder / "train", train)
-    make_folder(folder / "validation", validation, first=100)
+    make_folder(folder / "train", train, size=size)
+    make_folder(folder / "validation", validation, size=size, first=100)
     return folder

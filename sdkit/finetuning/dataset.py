@@ -172,7 +172,7 @@ class ImageCaptionDataset:
         """Checks every file; returns the FileReports of this split and {name: _Source}."""
         folder = _find_folder(self.folder)
         split_folder = find_split_folder(folder, self.split)
-        found = find_captioned_files(split_folder or folder)
+        found = find_captioned_files(split_folder or folder, is_split=bool(split_folder))
         prefix = f"{split_folder.name}/" if split_folder else ""
         files, sources, first = [], {}, {}
         with strict_pillow(), ThreadPoolExecutor(THREADS) as pool:

@@ -8,6 +8,7 @@ from sdkit.finetuning.adapter import find_trained_components
 from sdkit.finetuning.batches import Batch, choose_indices
 from sdkit.finetuning.checkpoints import find_last_checkpoint
 from sdkit.finetuning.gates import DroppedStep, explain, find_bad_samples, find_guilty, name_images
+from sdkit.finetuning.held_out import find_bad_held_out
 from sdkit.finetuning.progress import Progress
 from sdkit.finetuning.training_run import TrainingRun, restore
 
@@ -34,10 +35,8 @@ def drop_step(run: TrainingRun, batch: Batch, progress: Progress, gate, learning
     """
     run.optimizer.zero_grad(set_to_none=True)
     if gate in FATAL_GATES:
-        message = f"the step at learning rate {learning_rate:.3g} left values that are not finite"
-        dropped = DroppedStep(progress.step, gate, (), "diverged", message)
-        return progress.after_bad_step(dropped, seconds)
-    own = [_examine(run, batch, gate, progress.loss_scale)]
+        return progress.after_bad_step(_explain_state(run, progress, gate, learning_rate), seconds)
+    own = [_examine(run, batch, gate)]
     found = own if run.accelerator.num_processes == 1 else gather_object(own)
     named = [one for one in found if one["positions"]] or found
     images = tuple(dict.fromkeys(name for one in named for name in one["images"]))
@@ -50,7 +49,17 @@ def drop_step(run: TrainingRun, batch: Batch, progress: Progress, gate, learning
     return progress.after_bad_step(dropped, seconds, bad)
 
 
-def _examine(run, batch, gate, loss_scale):
+def _explain_state(run, progress, gate, learning_rate) -> DroppedStep:
+    """Why the weights or the validation loss are not finite after a step that was."""
+    bad = find_bad_held_out(run) if gate == "validation" else ()
+    if 0 < len(bad) < len(run.validation.names):
+        message = f"the loss of {', '.join(bad)} alone is not finite, which is held out"
+        return DroppedStep(progress.step, gate, bad, "bad-input", message)
+    message = f"the step at learning rate {learning_rate:.3g} left values that are not finite"
+    return DroppedStep(progress.step, gate, (), "diverged", message)
+
+
+def _examine(run, batch, gate):
     """What this process finds in its share: positions, images, cause and message."""
     if gate == "batch":
         bad = find_bad_samples(batch)
@@ -63,7 +72,7 @@ def _examine(run, batch, gate, loss_scale):
 
     def measure_loss(part):
         losses = run.measure_losses(part, snr_gamma=run.config.snr_gamma)
-        return losses.sum() / run.config.effective_batch * loss_scale
+        return losses.sum() / run.config.effective_batch
 
     batch = batch.to(run.device)
     guilty = find_guilty(batch, measure_loss, run.parameters)
@@ -96,7 +105,8 @@ def go_back(run: TrainingRun, progress: Progress):
         return progress.rolled_back_to(saved, config.rollback_lr_factor), None
     kept = replace(
         saved, dropped=progress.dropped, excluded=progress.excluded, rollbacks=progress.rollbacks,
-        lr_scale=progress.lr_scale, train_seconds=progress.train_seconds,
+        lr_scale=progress.lr_scale, steps_tried=progress.steps_tried,
+        train_seconds=progress.train_seconds,
     )  # fmt: skip
     return kept, (
         f"given up: {config.max_bad_steps} steps in a row were not finite, after "

@@ -4,6 +4,7 @@ from contextlib import contextmanager
 from dataclasses import replace
 
 import torch
+from accelerate.utils import gather_object
 
 from sdkit.finetuning.batches import draw_sample, gather_samples
 from sdkit.finetuning.keyed_random import keyed_generator
@@ -18,11 +19,29 @@ def measure_validation_loss(run: TrainingRun) -> float:
     Timesteps are spread evenly over the schedule, and no weighting is put on them, so that runs
     with different settings can be compared.
     """
+    total = torch.zeros((), device=run.device)
+    for _, losses in _measure_held_out(run):
+        total += losses.sum()
+    return float(run.accelerator.reduce(total, "sum")) / len(run.validation.names)
+
+
+def find_bad_held_out(run: TrainingRun) -> tuple:
+    """Returns the names of the held-out images whose loss is not finite."""
+    bad = [
+        run.validation.names[index]
+        for indices, losses in _measure_held_out(run)
+        for index, is_good in zip(indices, losses.isfinite().tolist(), strict=True)
+        if not is_good
+    ]
+    return tuple(bad if run.accelerator.num_processes == 1 else sorted(gather_object(bad)))
+
+
+def _measure_held_out(run):
+    """Yields (indices, their losses) of this process's share."""
     encoded, accelerator = run.validation, run.accelerator
     count = len(encoded.names)
     timestep_count = run.noise_scheduler.config.num_train_timesteps
     mine = range(count)[accelerator.process_index :: accelerator.num_processes]
-    total = torch.zeros((), device=run.device)
     with _in_evaluation(run):
         for start in range(0, len(mine), run.micro_batch.size):
             indices = mine[start : start + run.micro_batch.size]
@@ -34,8 +53,7 @@ def measure_validation_loss(run: TrainingRun) -> float:
             ]
             timesteps = torch.tensor([(2 * i + 1) * timestep_count // (2 * count) for i in indices])
             batch = replace(gather_samples(encoded, indices, indices, samples), timesteps=timesteps)
-            total += run.measure_losses(batch.to(run.device)).sum()
-    return float(accelerator.reduce(total, "sum")) / count
+            yield indices, run.measure_losses(batch.to(run.device))
 
 
 def draw_pictures(run: TrainingRun, step) -> str | None:

@@ -5,6 +5,7 @@ a batch is cut and on which process draws first. These depend on the key alone.
 """
 
 import hashlib
+from contextlib import contextmanager
 
 import torch
 
@@ -17,3 +18,16 @@ def keyed_generator(*key) -> torch.Generator:
     """
     digest = hashlib.blake2b(repr(key).encode(), digest_size=8).digest()
     return torch.Generator().manual_seed(int.from_bytes(digest, "big") >> 1)
+
+
+@contextmanager
+def keyed_dropout(device, *key):
+    """Lets dropout draw by a key too, from torch's own generators: they come back as they were.
+
+    Args:
+        device: Where the model is.
+        key: As of `keyed_generator`.
+    """
+    with torch.random.fork_rng([device] if device.type == "cuda" else []):
+        torch.manual_seed(keyed_generator(*key).initial_seed())
+        yield

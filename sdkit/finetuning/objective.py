@@ -17,8 +17,14 @@ def make_noise_scheduler(pipe) -> DDPMScheduler:
     """Returns the schedule that the pipeline's model was trained with, whatever it samples with.
 
     Raises:
-        ValidationError: The model predicts neither noise (epsilon) nor velocity (v_prediction).
+        ValidationError: The model predicts neither noise (epsilon) nor velocity (v_prediction), or
+            its scheduler has no such schedule, as that of flow matching.
     """
+    if not {"beta_start", "beta_end", "beta_schedule"} <= pipe.scheduler.config.keys():
+        raise ValidationError(
+            f"scheduler: {type(pipe.scheduler).__name__} has no betas. Expected one of the DDPM "
+            "family (DDIM, PNDM, Euler, ...), as Stable Diffusion 1.x and 2.x come with."
+        )
     noise_scheduler = DDPMScheduler.from_config(pipe.scheduler.config)
     prediction_type = noise_scheduler.config.prediction_type
     if prediction_type not in PREDICTION_TYPES:

@@ -114,7 +114,7 @@ def _find_remarks(image):
     # First, for the EXIF data of a PNG may stand behind its pixels, and to read those clears tile.
     if image.mode.startswith("RGB") and any(";16" in str(tile.args) for tile in image.tile):
         findings.append(_remark("deep", "16 bits a channel, now 8"))  # as Pillow unpacks it
-    if image.getexif().get(ORIENTATION_TAG, 1) != 1:
+    if image.getexif().get(ORIENTATION_TAG) in range(2, 9):  # any other is no orientation
         findings.append(_remark("turned", "its EXIF data ask for it, and so it is shown upright"))
     if getattr(image, "is_animated", False):
         findings.append(_remark("animated", f"the first of its {image.n_frames} frames is used"))

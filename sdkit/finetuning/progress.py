@@ -27,6 +27,7 @@ class Progress:
         good_in_row: Steps since the loss scale changed.
         excluded: Indices of images whose own numbers are bad: shown no more.
         best: (step, validation loss) of the best look, or None.
+        steps_tried: Taken or dropped, those among them that a return to a checkpoint undid.
         train_seconds: In steps alone.
         micro_batch: How a step is cut, see `MicroBatch`.
         identity: Of base model and data: a run goes on with the same ones or not at all.
@@ -44,6 +45,7 @@ class Progress:
     good_in_row: int = 0
     excluded: tuple = ()
     best: tuple | None = None
+    steps_tried: int = 0
     train_seconds: float = 0.0
     micro_batch: dict | None = None
     identity: dict | None = None
@@ -59,6 +61,7 @@ class Progress:
             bad_in_row=0,
             good_in_row=good,
             loss_scale=self.loss_scale * (2 if grows else 1),
+            steps_tried=self.steps_tried + 1,
             train_seconds=self.train_seconds + seconds,
         )
 
@@ -70,6 +73,7 @@ class Progress:
             dropped=(*self.dropped, dropped),
             bad_in_row=self.bad_in_row + 1,
             excluded=tuple(sorted({*self.excluded, *excluded})),
+            steps_tried=self.steps_tried + 1,
             train_seconds=self.train_seconds + seconds,
         )
 
@@ -85,6 +89,7 @@ class Progress:
             excluded=self.excluded,
             rollbacks=self.rollbacks + 1,
             lr_scale=self.lr_scale * lr_factor,
+            steps_tried=self.steps_tried,
             train_seconds=self.train_seconds,
             bad_in_row=0,
         )
@@ -99,8 +104,8 @@ class Progress:
         )
 
     def images_done(self, effective_batch) -> int:
-        """Images that went through, in steps taken and dropped alike."""
-        return (len(self.losses) + len(self.dropped)) * effective_batch
+        """Images that went through, in steps taken, dropped and undone alike."""
+        return self.steps_tried * effective_batch
 
     def looks_since_best(self) -> int:
         """How many looks at the validation loss in a row were no better than the best."""

@@ -20,6 +20,7 @@ from sdkit.finetuning.gates import DroppedStep
 from sdkit.finetuning.gradient_step import compute_gradients, take_step
 from sdkit.finetuning.held_out import draw_pictures, measure_validation_loss
 from sdkit.finetuning.interrupt import InterruptWatch
+from sdkit.finetuning.keyed_random import keyed_dropout
 from sdkit.finetuning.optimizer import learning_rate_at
 from sdkit.finetuning.processes import any_process
 from sdkit.finetuning.progress import Progress
@@ -114,17 +115,16 @@ def run_steps(run: TrainingRun, progress: Progress, interrupt, on_step=None, is_
     timestep_count = run.noise_scheduler.config.num_train_timesteps
     if progress.step == 0:
         progress, _ = look(run, progress)
-    with tqdm(total=config.max_train_steps, disable=not is_shown, unit="step") as bar:
+    with tqdm(
+        total=config.max_train_steps, initial=progress.step, disable=not is_shown, unit="step"
+    ) as bar:
         while progress.step < config.max_train_steps and not stopped:
             begun, before = time.perf_counter(), progress
             batch = draw_batch(
                 run.train, config, timestep_count, progress.step,
                 positions=run.positions, excluded=progress.excluded,
             )  # fmt: skip
-            loss, norm, gate = compute_gradients(run, batch, progress.loss_scale)
-            if gate == "gradients" and progress.loss_scale > 1:  # fp16: the scale is too large
-                progress = progress.with_smaller_loss_scale()
-                continue
+            progress, loss, norm, gate = find_gradients(run, batch, progress)
             learning_rate = learning_rate_at(progress.step, config, progress.lr_scale)
             gate = gate or take_step(run, learning_rate, norm, progress.loss_scale)
             if not gate:
@@ -141,6 +141,25 @@ def run_steps(run: TrainingRun, progress: Progress, interrupt, on_step=None, is_
             if not progress.bad_in_row and not gate:
                 save_if_due(run, progress, stopped)
     return progress, stopped or FINISHED, first_step_at
+
+
+def find_gradients(run: TrainingRun, batch, progress: Progress):
+    """Computes the gradients of a step; for fp16 at the largest scale that fits.
+
+    Returns:
+        The Progress with that scale (where not even 1 helps, the scale is not at fault and stays),
+        and what `compute_gradients` returned.
+    """
+    key = (run.config.seed, "dropout", progress.step, run.accelerator.process_index)
+    tried = progress
+    while True:
+        with keyed_dropout(run.device, *key):
+            loss, norm, gate = compute_gradients(run, batch, tried.loss_scale)
+        if gate != "gradients":
+            return tried, loss, norm, gate
+        if tried.loss_scale <= 1:
+            return progress, loss, norm, gate
+        tried = tried.with_smaller_loss_scale()
 
 
 def look(run: TrainingRun, progress: Progress):

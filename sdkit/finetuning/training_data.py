@@ -1,14 +1,21 @@
 """The images of a training, read, checked and encoded once for all processes and all runs."""
 
+from dataclasses import replace
 from pathlib import Path
+
+import torch
 
 from sdkit.finetuning.config import LoRAConfig
 from sdkit.finetuning.dataset import ImageCaptionDataset
-from sdkit.finetuning.encoding import encode_dataset
+from sdkit.finetuning.encoding import EncodedDataset, encode_dataset
+from sdkit.run_folder import replace_file
 
 
 def load_data(pipe, config: LoRAConfig, accelerator, progress):
     """Reads, checks and encodes the images, once for all processes and all runs.
+
+    What was found in each file is written into the run's folder, as `dataset_train.json` and
+    `dataset_validation.json`.
 
     Returns:
         (train, validation or None, what was found in the files).
@@ -21,17 +28,63 @@ def load_data(pipe, config: LoRAConfig, accelerator, progress):
         "progress": progress and accelerator.is_main_process,
     }
     cache_folder = config.cache_folder or Path(config.output_folder).parent / "encoded"
-    encoded, found = {}, []
+    datasets, encoded = {}, {}
     for split in ("train", "validation") if config.validation_steps else ("train",):
-        dataset = ImageCaptionDataset(config.dataset, split=split, **options)
-        found.append(dataset.report.summary())
+        dataset = datasets[split] = ImageCaptionDataset(config.dataset, split=split, **options)
+        if accelerator.is_main_process:
+            with replace_file(Path(config.output_folder) / f"dataset_{split}.json") as temporary:
+                temporary.write_text(dataset.report.to_json() + "\n", encoding="utf-8")
         encode = lambda dataset=dataset: encode_dataset(  # noqa: E731
             pipe, dataset, cache_folder, flip=config.random_flip, progress=options["progress"]
         )
-        # One process fills the cache; then one of each machine, which may have a disk of its own.
-        for is_turn in (accelerator.is_main_process, accelerator.is_local_main_process):
-            if is_turn:
-                encode()
-            accelerator.wait_for_everyone()
+        if accelerator.num_processes > 1:
+            # One process fills the cache; then one of each machine, whose disk may be its own.
+            for is_turn in (accelerator.is_main_process, accelerator.is_local_main_process):
+                if is_turn:
+                    encode()
+                accelerator.wait_for_everyone()
         encoded[split] = encode()
-    return encoded["train"], encoded.get("validation"), found
+    found = [dataset.report.summary() for dataset in datasets.values()]
+    return encoded["train"], encoded.get("validation"), [*found, *_find_shared(datasets)]
+
+
+def _find_shared(datasets) -> list:
+    """What to say of pictures that are trained on and held out: their loss shows no learning."""
+    known = set(datasets["train"].digests)
+    held_out = datasets.get("validation")
+    pairs = zip(held_out.names, held_out.digests, strict=True) if held_out else ()
+    shared = [name for name, digest in pairs if digest in known]
+    if not shared:
+        return []
+    return [f"{len(shared)} held-out images are also trained on, such as {shared[0]}"]
+
+
+def leave_out_bad(encoded: EncodedDataset | None):
+    """Leaves held-out images out whose own numbers are not finite: each would spoil every loss.
+
+    Returns:
+        (the rest, or None; what to say about it).
+    """
+    if encoded is None:
+        return None, []
+    latents = torch.stack([encoded.latent_mean, encoded.latent_std], dim=1).flatten(1)
+    embeds = encoded.prompt_embeds.flatten(1).isfinite().all(dim=1)[encoded.caption_index]
+    is_good = latents.isfinite().all(dim=1) & embeds
+    if is_good.all():
+        return encoded, []
+    kept = is_good.nonzero().flatten().tolist()
+    bad = [name for name, good in zip(encoded.names, is_good.tolist(), strict=True) if not good]
+    notice = f"held out no more, for their numbers are NaN or Inf: {', '.join(bad)}"
+    if not kept:
+        return None, [notice]
+    flipped = {
+        name: None if getattr(encoded, name) is None else getattr(encoded, name)[kept]
+        for name in ("flipped_mean", "flipped_std")
+    }
+    rest = replace(
+        encoded, names=tuple(encoded.names[i] for i in kept),
+        captions=tuple(encoded.captions[i] for i in kept),
+        latent_mean=encoded.latent_mean[kept], latent_std=encoded.latent_std[kept],
+        caption_index=encoded.caption_index[kept], **flipped,
+    )  # fmt: skip
+    return rest, [notice]

@@ -10,7 +10,7 @@ from accelerate import Accelerator
 from accelerate.utils import gather_object
 
 from sdkit.device import measure_available_gib
-from sdkit.finetuning.adapter import add_adapter, write_adapter
+from sdkit.finetuning.adapter import add_adapter, check_is_trainable, write_adapter
 from sdkit.finetuning.adapter_file import (
     describe_training,
     pack_adapter,
@@ -37,6 +37,7 @@ from sdkit.finetuning.optimizer import check_8bit_adam, make_optimizer
 from sdkit.finetuning.processes import find_device_type, from_main, make_accelerator, name_card
 from sdkit.finetuning.progress import LOSS_SCALE, Progress
 from sdkit.finetuning.run_start import CONFIG_FILE, clear_run_folder, find_start
+from sdkit.finetuning.training_data import leave_out_bad, load_data
 from sdkit.finetuning.training_dtype import choose_training_dtype
 from sdkit.guarding import remove_guard
 from sdkit.loading import load_pipeline
@@ -147,14 +148,13 @@ def begin_run(
             config.model, backend=str(accelerator.device), dtype=dtypes, progress=progress
         )
         notices = [*notices, *report.notices]
+    check_is_trainable(pipe)  # before an hour of encoding
     remove_guard(pipe)  # the gates look at every step, and drop where a guard would raise
     found = []
     if data is None:
-        from sdkit.finetuning.training_data import load_data
-
         *data, found = load_data(pipe, config, accelerator, progress)
-    train, validation = data
-    notices = [*notices, *found, *_check_size(train, config, accelerator)]
+    train, (validation, left_out) = data[0], leave_out_bad(data[1])
+    notices = [*notices, *found, *left_out, *_check_size(train, config, accelerator)]
     identity = {
         "base_sample": sample_weights(pipe.unet),
         "train": train.fingerprint,
