@@ -111,12 +111,31 @@ def test_a_recipe_for_another_model_is_refused(tiny_pipe, tokenizer_folder, tmp_
         (lambda text: "[]", "no such JSON"),
         (lambda text: json.dumps({**json.loads(text), "version": 9}), "version 9"),
         (lambda text: json.dumps({**json.loads(text), "dtype": "float8"}), "float8"),
+        (
+            lambda text: json.dumps({**json.loads(text), "dtype": ["float16"]}),
+            "expected float16 or",
+        ),
+        (lambda text: json.dumps({**json.loads(text), "float32": None}), "float32 is None"),
+        (lambda text: json.dumps({**json.loads(text), "float32": [3]}), r"float32 is \[3\]"),
+        (lambda text: json.dumps({**json.loads(text), "fingerprint": {"unet": "x"}}), "damaged"),
     ],
 )
 def test_a_damaged_recipe_is_refused(tiny_pipe, change, words):
     text = plan_precision(tiny_pipe, "a shoe", **FAST).to_json()
     with pytest.raises(ValidationError, match=words):
         Recipe.from_json(change(text))
+
+
+def test_a_recipe_that_the_device_cannot_compute_is_refused(tiny_pipe, tiny_folder):
+    def strike(func, args, kwargs, compute):
+        if any(isinstance(arg, torch.Tensor) and arg.dtype is torch.float16 for arg in args):
+            raise NotImplementedError("mm is not implemented for float16")
+        return compute(func, args, kwargs)
+
+    recipe = plan_precision(tiny_pipe, "a shoe", **FAST)
+    with mps(faults=(Fault("no float16", ("aten.mm",), (), "", strike),)):
+        with pytest.raises(ValidationError, match="dtype=float16 on cpu: .*not implemented"):
+            load_pipeline(tiny_folder, backend="cpu", recipe=recipe, progress=False)
 
 
 def test_a_recipe_and_a_dtype_are_one_too_many(tiny_folder, tmp_path):
