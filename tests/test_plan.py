@@ -149,6 +149,9 @@ def test_a_recipe_and_a_dtype_are_one_too_many(tiny_folder, tmp_path):
 def test_bad_input_is_one_clear_error(tiny_pipe):
     with pytest.raises(ValidationError, match="float8"):
         plan_precision(tiny_pipe, "a", dtype="float8", **FAST)
+    for tolerance_db in (float("nan"), float("inf"), "1", None):
+        with pytest.raises(ValidationError, match="expected a number of dB"):
+            plan_precision(tiny_pipe, "a", tolerance_db=tolerance_db, **FAST)
     with pytest.raises(ValidationError, match="prompts"):
         plan_precision(tiny_pipe, [], **FAST)
     with pytest.raises(ValidationError, match="dB, the best that can be reached"):

@@ -592,11 +592,13 @@ def test_other_models_are_refused(tokenizer_folder):
     ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
 )
 def test_configurations_that_were_not_proved_are_refused(config, said):
-    blocks = {"down_block_types": ("CrossAttnDownBlock2D", "DownBlock2D")}
+    plain = {
+        "down_block_types": ("CrossAttnDownBlock2D", "DownBlock2D"), "cross_attention_dim": 32,
+    }  # fmt: skip
     unet = UNet2DConditionModel(
         sample_size=8, block_out_channels=(32, 64), layers_per_block=1, norm_num_groups=8,
-        up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"), cross_attention_dim=32,
-        attention_head_dim=8, **blocks | config,
+        up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"), attention_head_dim=8,
+        **plain | config,
     )  # fmt: skip
     state = keep_state(unet)
     with pytest.raises(ValidationError, match=said):

@@ -5,6 +5,7 @@ rounding alone would leave it. Layers are tried in the order of their headroom, 
 that would bisect blindly begins where the trouble is.
 """
 
+import math
 from contextlib import ExitStack, contextmanager
 
 import torch
@@ -67,6 +68,8 @@ def plan_precision(
     """
     if dtype not in CANDIDATES:
         raise ValidationError(f"dtype={dtype!r}: expected one of {', '.join(CANDIDATES)}.")
+    if not (isinstance(tolerance_db, int | float) and math.isfinite(tolerance_db)):
+        raise ValidationError(f"tolerance_db={tolerance_db!r}: expected a number of dB, such as 1.")
     prompts = [prompts] if isinstance(prompts, str) else list(prompts)
     if not prompts:
         raise ValidationError("prompts: got none, expected a prompt or a list of prompts.")
