@@ -22,6 +22,7 @@ COMMANDS = {  # in the order of the story, each in a line that the list of comma
     "fix": "Find the smallest change that makes float16 right.",
     "prepare": "Make a folder to train on from product photographs.",
     "train": "Train a LoRA that no NaN can reach.",
+    "evaluate": "Tell what a LoRA learnt, and what it spoilt.",
     "sweep": "Run a notebook for every combination of a grid.",
 }
 

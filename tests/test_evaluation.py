@@ -8,8 +8,10 @@ import safetensors.torch
 import torch
 from tiny_pipelines import build_tiny_pipe
 from tiny_training import make_config, make_encoded
+from typer.testing import CliRunner
 
 from sdkit import ValidationError, evaluate_lora, load_pipeline
+from sdkit.cli import app
 from sdkit.finetuning import evaluation_prompts
 from sdkit.finetuning.adapter import add_adapter
 from sdkit.finetuning.adapter_file import describe_training, pack_adapter
@@ -91,6 +93,24 @@ def test_an_adapter_is_seen_and_taken_off_again(tiny_pipe, make_adapter, tmp_pat
     assert saved == json.loads(report.to_json())
     assert saved["after"]["white_border"] == report.after.white_border
     assert saved["settings"]["prompts"] == list(PROMPTS)
+
+
+@pytest.mark.parametrize(("size", "code"), [(0.05, 0), (1e20, 1)])
+def test_the_command_draws_measures_and_tells_by_its_exit_code(
+    tiny_folder, tiny_pipe, tmp_path, size, code
+):
+    adapter = write_adapter(load_pipeline(tiny_folder, progress=False)[0], tmp_path, size=size)
+    options = ["--model", tiny_folder, "--steps", 2, "--image-size", 32, "--output", tmp_path / "o"]
+    for prompt in PROMPTS:
+        options += ["--prompt", prompt]
+    arguments = ["evaluate", adapter.parent, *options, "--kept-prompt", "grass", "--json"]
+    result = CliRunner().invoke(app, [str(argument) for argument in arguments])
+    assert result.exit_code == code, result.output
+    told = json.loads(result.stdout)
+    assert told == json.loads((tmp_path / "o" / REPORT_FILE).read_text())
+    assert told["after"]["valid"] == (3 if code == 0 else 0)
+    assert told["settings"]["image_size"] == 32
+    assert (tmp_path / "o" / "before_after.png").is_file()
 
 
 def test_the_base_is_drawn_without_the_adapter(tiny_pipe, make_adapter, tokenizer_folder):

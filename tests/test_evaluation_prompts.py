@@ -4,6 +4,7 @@ from collections import Counter
 
 import pytest
 
+from sdkit import LoRAConfig
 from sdkit.finetuning.evaluation_prompts import base_prompts, find_product, studio_prompts
 from sdkit.mini.catalogue import BASE_BACKGROUNDS, COLOURS, FRAMES, KINDS, Product
 
@@ -38,3 +39,14 @@ def test_a_caption_is_read_back(frame, background):
 )  # fmt: skip
 def test_other_prompts_are_not_the_catalogues(prompt):
     assert find_product(prompt) is None
+
+
+def test_no_prompt_that_the_preset_keeps_is_one_that_the_evaluation_draws():
+    def what(product):
+        return product.kind, product.colour, product.background
+
+    drawn = {what(find_product(prompt)) for prompt in base_prompts()}
+    kept = [prompt for prompt in LoRAConfig.load("studio_white").kept_prompts if prompt]
+    products = [what(find_product(prompt)) for prompt in kept]
+    assert len(products) >= 8 and not drawn & set(products)
+    assert {background for _, _, background in products} == set(BASE_BACKGROUNDS)

@@ -6,7 +6,7 @@ import re
 import pytest
 
 from sdkit import LoRAConfig, ValidationError
-from sdkit.finetuning.config import read_settings
+from sdkit.finetuning.config import PRESETS, read_settings
 
 
 def test_the_report_s_setting_is_the_default():
@@ -92,3 +92,16 @@ def test_every_field_is_documented():
 def test_it_is_frozen():
     with pytest.raises(dataclasses.FrozenInstanceError):
         LoRAConfig().rank = 4
+
+
+def test_presets_are_named_and_a_file_of_that_name_goes_first(tmp_path, monkeypatch):
+    names = sorted(path.stem for path in PRESETS.glob("*.yaml"))
+    assert "studio_white" in names
+    assert LoRAConfig.load("studio_white").output_folder == "runs/studio_white"
+    with pytest.raises(ValidationError, match="or one of studio_white"):
+        LoRAConfig.load("studio_grey")
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "studio_white").write_text("rank: 3")
+    assert LoRAConfig.load("studio_white").rank == 3
+    with pytest.raises(ValidationError, match="cannot be read"):
+        LoRAConfig.load(tmp_path / "elsewhere" / "studio_white")

@@ -81,6 +81,45 @@ def test_wrong_names_types_and_what_a_loader_refuses(notebook, name, value, mess
     assert message in str(refused.value)
 
 
+TRAINING = """
+rank: int = 8
+learning_rate: float = 1e-4
+targets: list = ["attention"]
+max_train_steps: int = 100
+lr_warmup_steps: int = 5
+image_size: int = 0
+output_folder: str = "runs/x"
+"""
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "message"),
+    [
+        ("rank", 0, "rank=0: expected a whole number from 1 on"),
+        ("learning_rate", -1.0, "learning_rate=-1.0: expected a number above 0"),
+        ("learning_rate", float("nan"), "learning_rate=nan"),
+        ("targets", ["atention"], "expected one or more of attention"),
+        ("max_train_steps", 5, "lr_warmup_steps=5: expected fewer than max_train_steps=5"),
+    ],
+    ids=str,
+)
+def test_settings_that_a_training_refuses(tmp_path, name, value, message):
+    training = write_notebook(tmp_path / "t.ipynb", TRAINING, "from sdkit import LoRAConfig")
+    with pytest.raises(ValidationError) as refused:
+        plan_of(training, **{name: value})
+    assert str(refused.value).startswith("grid: ") and message in str(refused.value)
+    other = write_notebook(tmp_path / "o.ipynb", TRAINING, "print(rank)")  # a word of its own
+    assert plan_of(other, **{name: value}).runs
+
+
+def test_a_refused_setting_names_its_line(tmp_path):
+    training = write_notebook(tmp_path / "t.ipynb", TRAINING, "from sdkit import LoRAConfig")
+    path = tmp_path / "g.yaml"
+    path.write_text("grid:\n  learning_rate: [1e-4]\n  rank: [4, 0]\n")
+    with pytest.raises(ValidationError, match="g.yaml, line 3: rank=0"):
+        make_plan(training, path)
+
+
 def test_a_refusal_names_the_line_of_the_grid(notebook, tmp_path):
     path = tmp_path / "g.yaml"
     path.write_text("grid:\n  steps: [1, 2]\n  rat: [0.5]\n")

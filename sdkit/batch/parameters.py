@@ -8,7 +8,7 @@ expression that misses `str | None` and values with an equals sign, so the cell 
 import ast
 import contextlib
 import difflib
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 import nbformat
 
@@ -155,6 +155,33 @@ def check_loadable(runs, grid, folder, *, here=True):
                     _check_as_loader(name, value, here)
             except ValidationError as error:
                 raise ValidationError(f"{grid.where(name)}: {error}") from error
+
+
+def check_trainable(notebook, runs, grid):
+    """Asks the training's own checks about the settings of a notebook that trains with them.
+
+    A notebook that imports LoRAConfig is taken to mean by a parameter what a setting of that name
+    means.
+
+    Args:
+        notebook: The nbformat notebook.
+        runs: All parameters of each run, with the values that they will have.
+        grid: The Grid, for messages.
+
+    Raises:
+        ValidationError: A setting that `LoRAConfig` refuses, such as a rank of 0.
+    """
+    if not any("LoRAConfig" in cell.source for cell in notebook.cells if cell.cell_type == "code"):
+        return
+    from sdkit.finetuning.config import LoRAConfig
+
+    known = {setting.name for setting in fields(LoRAConfig)} - {OUTPUT_NAME}
+    for run in runs:
+        try:
+            LoRAConfig(**{name: value for name, value in run.items() if name in known})
+        except ValidationError as error:
+            at_fault = str(error).partition("=")[0]
+            raise ValidationError(f"{grid.where(at_fault)}: {error}") from error
 
 
 def _check_as_loader(name, value, here):

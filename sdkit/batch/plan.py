@@ -19,6 +19,7 @@ from sdkit.batch.parameters import (
     OUTPUT_NAME,
     check_loadable,
     check_run_values,
+    check_trainable,
     read_notebook,
     read_parameters,
 )
@@ -90,6 +91,7 @@ def make_plan(notebook_path, grid_source, *, here=True):
         for name, parameter in parameters.items()
         if parameter.default is not MISSING and name != OUTPUT_NAME
     }
+    check_trainable(notebook, [defaults | each for each in values], grid)
     runs = tuple(_make_run(notebook, defaults | each, each) for each in values)
     _refuse_twins(runs, grid)
     varied = [name for name in values[0] if len({_canonical(each[name]) for each in values}) > 1]

@@ -14,14 +14,15 @@ def sweep(
         str,
         typer.Argument(
             metavar="NOTEBOOK",
-            help="A notebook with a parameters cell; draw_images is in the package.",
+            help="A notebook with a parameters cell; in the package: draw_images, train_adapter.",
         ),
     ],
     grid: Annotated[
         str,
         typer.Argument(
             metavar="GRID",
-            help="A grid in YAML, or one of the package: report_ablation, dtype_scheduler_steps.",
+            help="A grid in YAML, or one of the package: report_ablation, dtype_scheduler_steps, "
+            "lora_rank_learning_rate.",
         ),
     ],
     jobs: Annotated[

@@ -91,7 +91,9 @@ def _take_options(function):
             "config_file",
             Annotated[
                 Path | None,
-                typer.Argument(metavar="[CONFIG]", help="A YAML or JSON file of settings."),
+                typer.Argument(
+                    metavar="[CONFIG]", help="A YAML or JSON file of settings, or studio_white."
+                ),
             ],
             None,
         ),

@@ -26,6 +26,7 @@ class Batch:
         timesteps: (B,), long.
         prompt_embeds: (B, L, D), float32: of the frozen text encoder.
         input_ids: (B, L), long: for one that is trained.
+        is_kept: (B,), bool: what the base predicts is asked for; None where nothing is kept.
     """
 
     names: tuple
@@ -35,6 +36,7 @@ class Batch:
     timesteps: torch.Tensor
     prompt_embeds: torch.Tensor
     input_ids: torch.Tensor
+    is_kept: torch.Tensor | None = None
 
     def __len__(self):
         """Samples in it."""
@@ -43,10 +45,12 @@ class Batch:
     @property
     def tensors(self) -> dict:
         """{name: tensor} of what is fed to the model."""
-        return {
+        tensors = {
             "latents": self.latents, "noise": self.noise, "timesteps": self.timesteps,
             "prompt_embeds": self.prompt_embeds, "input_ids": self.input_ids,
+            "is_kept": self.is_kept,
         }  # fmt: skip
+        return {name: tensor for name, tensor in tensors.items() if tensor is not None}
 
     def take(self, start: int, count: int) -> "Batch":
         """Samples `start` to `start + count`."""
@@ -112,7 +116,7 @@ def draw_batch(
         draw_sample(
             encoded, indices[p], keyed_generator(config.seed, "train", step, p), timestep_count,
             noise_offset=config.noise_offset, caption_dropout=config.caption_dropout,
-            random_flip=config.random_flip,
+            random_flip=config.random_flip, kept_share=config.kept_share,
         )
         for p in positions
     ]  # fmt: skip
@@ -121,7 +125,7 @@ def draw_batch(
 
 def draw_sample(
     encoded, index, generator, timestep_count, *, noise_offset=0.0, caption_dropout=0.0,
-    random_flip=False,
+    random_flip=False, kept_share=0.0,
 ):  # fmt: skip
     """Draws everything that belongs to one sample, always in the same order.
 
@@ -136,6 +140,9 @@ def draw_sample(
     noise = torch.randn(latents.shape, generator=generator)
     noise = noise + noise_offset * torch.randn((*latents.shape[:2], 1, 1), generator=generator)
     caption = 0 if is_dropped else int(encoded.caption_index[index])  # row 0: the empty caption
+    if encoded.kept_rows and float(torch.rand((), generator=generator)) < kept_share:
+        which = int(torch.randint(len(encoded.kept_rows), (), generator=generator))
+        caption = encoded.kept_rows[which]
     return latents, noise, timestep, caption
 
 
@@ -151,4 +158,5 @@ def gather_samples(encoded, indices, positions, samples) -> Batch:
         timesteps=torch.tensor(timesteps),
         prompt_embeds=encoded.prompt_embeds[rows],
         input_ids=encoded.input_ids[rows],
+        is_kept=torch.isin(rows, torch.tensor(encoded.kept_rows)) if encoded.kept_rows else None,
     )

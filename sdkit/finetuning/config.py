@@ -17,6 +17,7 @@ TARGET_MODULES = {
     ),
 }  # fmt: skip
 TEXT_ENCODER_MODULES = ("q_proj", "k_proj", "v_proj", "out_proj")
+PRESETS = Path(__file__).parent / "presets"  # settings that were measured, by name
 
 
 @dataclass(frozen=True)
@@ -65,6 +66,10 @@ class LoRAConfig:
             2023); 0.05 to 0.1 loosens that.
         caption_dropout: Share of the images that are shown without their caption.
         random_flip: Whether images are mirrored at random.
+        kept_prompts: What shall be drawn as before. Some samples are shown under one of these
+            instead of their caption, and what the base predicts there is asked for; an empty text
+            keeps the unconditional half of guidance.
+        kept_share: How many of the samples, where there are such prompts.
         validation_steps: Steps between two looks at the validation loss; none does without.
         validation_prompts: Prompts that are drawn on the way.
         validation_image_steps: Steps between two drawings of them.
@@ -112,6 +117,8 @@ class LoRAConfig:
     noise_offset: float = number(0.0)
     caption_dropout: float = number(0.0, most=1)
     random_flip: bool = switch(False)
+    kept_prompts: tuple[str, ...] = texts()
+    kept_share: float = number(0.25, most=1)
     validation_steps: int | None = whole(50, least=1, words=(None,))
     validation_prompts: tuple[str, ...] = texts()
     validation_image_steps: int = whole(100, least=1)
@@ -209,7 +216,7 @@ class LoRAConfig:
 
     @classmethod
     def load(cls, path) -> "LoRAConfig":
-        """Reads a .json or .yaml file.
+        """Reads a .json or .yaml file, or a preset by its name, such as studio_white.
 
         Raises:
             ValidationError: It is not there, is no mapping of names to values, or says something
@@ -219,7 +226,7 @@ class LoRAConfig:
 
 
 def read_settings(path) -> dict:
-    """Returns the names and values in a .json or .yaml file, unchecked.
+    """Returns the names and values in a .json or .yaml file, or in a preset, unchecked.
 
     Raises:
         ValidationError: The file is not there, cannot be read, or is no mapping.
@@ -228,20 +235,27 @@ def read_settings(path) -> dict:
 
     from sdkit.validation import ValidationError
 
-    path = Path(path)
+    path = find_settings(path)
     try:
         values = yaml.safe_load(path.read_text(encoding="utf-8"))  # JSON is YAML too
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
         reason = getattr(error, "strerror", None) or " ".join(str(error).split())
         raise ValidationError(
             f"{path}: cannot be read ({reason}). Expected a YAML or JSON file of settings, such as "
-            "`rank: 8`."
+            f"`rank: 8`, or one of {', '.join(sorted(p.stem for p in PRESETS.glob('*.yaml')))}."
         ) from error
     if not isinstance(values, dict):
         raise ValidationError(
             f"{path}: holds {type(values).__name__}, expected names and values, such as `rank: 8`."
         )
     return values
+
+
+def find_settings(path) -> Path:
+    """Returns the path of a file of settings: as it is, or of the preset with that name."""
+    path = Path(path)
+    preset = PRESETS / f"{path.name}.yaml"
+    return preset if not path.exists() and path == Path(path.name) and preset.is_file() else path
 
 
 def check_names(names):

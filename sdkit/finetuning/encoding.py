@@ -42,6 +42,7 @@ class EncodedDataset:
         fingerprint: A hash of the data and of the models that encoded it.
         scaling_factor: The VAE's.
         shift_factor: The VAE's; 0 if it has none.
+        kept_rows: Rows of prompts that belong to no image, see `add_kept_prompts`.
     """
 
     names: tuple
@@ -56,6 +57,7 @@ class EncodedDataset:
     fingerprint: str
     scaling_factor: float
     shift_factor: float = 0.0
+    kept_rows: tuple = ()
 
     def __len__(self):
         """How many images there are."""

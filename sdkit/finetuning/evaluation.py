@@ -41,6 +41,7 @@ def evaluate_lora(
     num_inference_steps=25,
     guidance_scale=2.0,
     batch_size=8,
+    image_size=None,
     backend="auto",
     dtype="auto",
     output_folder=None,
@@ -65,6 +66,8 @@ def evaluate_lora(
         num_inference_steps: Denoising steps.
         guidance_scale: 2 suits the bundled model; Stable Diffusion 1.5 is used with 7.5.
         batch_size: Pictures in one pipeline call.
+        image_size: Side in pixels of what is drawn and of the held-out pictures; None is what the
+            model was made for.
         backend: auto, mps, cuda or cpu.
         dtype: As for `load_pipeline`.
         output_folder: Where the pictures and `evaluation.json` go; None keeps them in memory.
@@ -83,14 +86,14 @@ def evaluate_lora(
     if pipe is None:
         pipe, _ = load_pipeline(model, backend=backend, dtype=dtype, progress=progress)
     check_is_base(pipe)
-    real, held_out = load_held_out(pipe, dataset, progress=progress)
+    real, held_out = load_held_out(pipe, dataset, image_size=image_size, progress=progress)
     prompts = _choose_prompts(prompts, dataset, real)
     is_mini = pipe.config.get("_name_or_path") == MINI_ID
     if kept_prompts is None:
         kept_prompts = base_prompts() if is_mini else ()
     settings = {
         "seed": seed, "num_inference_steps": num_inference_steps, "guidance_scale": guidance_scale,
-        "batch_size": batch_size,
+        "batch_size": batch_size, "image_size": image_size,
     }  # fmt: skip
 
     def draw(name):
@@ -171,16 +174,16 @@ def check_is_base(pipe):
     return pipe
 
 
-def load_held_out(pipe, dataset, *, progress=True):
-    """Reads the validation split of a dataset at the size that the model draws.
+def load_held_out(pipe, dataset, *, image_size=None, progress=True):
+    """Reads the validation split of a dataset at the size that is drawn.
 
     Returns:
         The ImageCaptionDataset, and its images (N, 3, H, W) in [0, 1].
     """
     factor = 2 ** (len(pipe.vae.config.block_out_channels) - 1)
     real = ImageCaptionDataset(
-        dataset, split="validation", resolution=pipe.unet.config.sample_size * factor,
-        progress=progress,
+        dataset, split="validation",
+        resolution=image_size or pipe.unet.config.sample_size * factor, progress=progress,
     )  # fmt: skip
     return real, torch.stack([real[i].image for i in range(len(real))]) / 2 + 0.5
 

@@ -8,6 +8,7 @@ Everything here is a function of tensors. `NoiseSchedule` is diffusers' own DDPM
 import torch
 from diffusers import DDPMScheduler
 
+from sdkit.finetuning.keeping import keep_base
 from sdkit.validation import ValidationError
 
 PREDICTION_TYPES = ("epsilon", "v_prediction")
@@ -90,7 +91,8 @@ def measure_losses(unet, noise_scheduler, batch, prompt_embeds, *, snr_gamma=Non
     Args:
         unet: The UNet, with its adapter.
         noise_scheduler: From `make_noise_scheduler`.
-        batch: With `latents`, `noise` (B, C, h, w) and `timesteps` (B,).
+        batch: With `latents`, `noise` (B, C, h, w) and `timesteps` (B,); what the base predicts is
+            the target of those that `is_kept` (B,) marks.
         prompt_embeds: (B, L, D).
         snr_gamma: See `weigh_timesteps`.
 
@@ -98,6 +100,7 @@ def measure_losses(unet, noise_scheduler, batch, prompt_embeds, *, snr_gamma=Non
         (B,), float32.
     """
     noisy_latents, target = add_noise(noise_scheduler, batch.latents, batch.noise, batch.timesteps)
+    target = keep_base(unet, batch, noisy_latents, target)
     noise_pred = unet(
         noisy_latents.to(unet.dtype), batch.timesteps, prompt_embeds.to(unet.dtype),
         return_dict=False,

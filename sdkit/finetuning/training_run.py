@@ -26,6 +26,7 @@ from sdkit.finetuning.checkpoints import (
 )
 from sdkit.finetuning.config import LoRAConfig
 from sdkit.finetuning.gates import check_state
+from sdkit.finetuning.keeping import add_kept_prompts
 from sdkit.finetuning.micro_batch import (
     MicroBatch,
     choose_micro_batch,
@@ -154,6 +155,8 @@ def begin_run(
     if data is None:
         *data, found = load_data(pipe, config, accelerator, progress)
     train, (validation, left_out) = data[0], leave_out_bad(data[1])
+    if config.kept_prompts:
+        train = add_kept_prompts(pipe, train, config.kept_prompts)
     notices = [*notices, *found, *left_out, *_check_size(train, config, accelerator)]
     identity = {
         "base_sample": sample_weights(pipe.unet),

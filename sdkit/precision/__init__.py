@@ -7,7 +7,7 @@ EXPORTS = {
     "OpHeadroom": "sdkit.precision.headroom",
     "measure_headroom": "sdkit.precision.headroom",
     "plot_headroom": "sdkit.precision.headroom_map",
-    "RebalanceReport": "sdkit.precision.rebalance_report",
+    "RebalanceReport": "sdkit.precision.rebalancing",
     "amplify": "sdkit.precision.rebalancing",
     "rebalance": "sdkit.precision.rebalancing",
     "save_rebalanced": "sdkit.precision.rebalancing",
