@@ -75,6 +75,7 @@ def test_a_full_disk_leaves_the_last_good_checkpoint(runs):
     error = tries["disk_full"][0]["error"]
     assert "step_00000004: cannot be written (File too large)" in error
     assert "The last good checkpoint is" in error and "step_00000003" in error
+    assert error.endswith(f"sdkit train --resume {folder / 'disk_full'}.")
 
 
 @pytest.fixture

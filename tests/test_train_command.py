@@ -11,6 +11,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from diffusers import AutoencoderKL
 from PIL import Image
 from typer.testing import CliRunner
 
@@ -100,6 +101,20 @@ def test_an_empty_and_a_too_small_dataset(settings, tmp_path):
     assert result.exit_code == 2 and "empty" in result.output.splitlines()[-1]
     result = run(settings, "--resolution", 128, "--output-folder", tmp_path / "run")
     assert result.exit_code == 2 and "0 of 8 images can be used" in result.output
+
+
+def test_ctrl_c_while_images_are_encoded(settings, tmp_path, monkeypatch):
+    def interrupt(*args, **kwargs):
+        raise KeyboardInterrupt
+
+    folder = tmp_path / "run"
+    with monkeypatch.context() as patched:  # a hook of the real encoder, where Ctrl-C would come
+        patched.setattr(AutoencoderKL, "encode", interrupt)
+        options = ("--output-folder", folder, "--cache-folder", tmp_path / "cache")
+        result = run(settings, *options)
+    assert result.exit_code == 130
+    assert "the same command goes on where the encoding was" in result.output
+    assert run(settings, *options).exit_code == 0
 
 
 def test_ctrl_c_in_a_shell(settings, tmp_path):

@@ -24,14 +24,26 @@ def train(config_file, resume, overwrite, as_json, **options):
     from sdkit.finetuning.training import train_lora
 
     config = _read_config(config_file, resume, options)
-    report = train_lora(
-        config, resume=resume is not None, overwrite=overwrite, progress=not as_json
-    )
+    try:
+        report = train_lora(
+            config, resume=resume is not None, overwrite=overwrite, progress=not as_json
+        )
+    except KeyboardInterrupt:  # before the first step, or a second one
+        typer.echo(_say_how_to_go_on(config), err=True)
+        raise typer.Exit(INTERRUPTED) from None
     if PartialState().is_main_process:
         typer.echo(report.to_json() if as_json else str(report))
     if report.stopped == WAS_INTERRUPTED:
         raise typer.Exit(INTERRUPTED)
     raise typer.Exit(0 if report.is_good else BAD)
+
+
+def _say_how_to_go_on(config):
+    from sdkit.finetuning.run_start import CONFIG_FILE
+
+    if (Path(config.output_folder) / CONFIG_FILE).exists():
+        return f"interrupted; to go on: sdkit train --resume {config.output_folder}"
+    return "interrupted before the first step; the same command goes on where the encoding was"
 
 
 def _read_config(config_file, resume, options):

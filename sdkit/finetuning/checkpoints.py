@@ -66,7 +66,7 @@ def save_checkpoint(
         kept = list_checkpoints(run_folder)
         raise ValidationError(
             f"{folder}: cannot be written ({error.strerror or error}). Expected room and "
-            f"permission to write. {_say_what_is_kept(kept)}"
+            f"permission to write. {_say_what_is_kept(kept, run_folder)}"
         ) from error
     return folder
 
@@ -190,7 +190,10 @@ def _say_what_to_do(folder):
     return f"Remove the folder {folder} to resume from {earlier[-1].name} before it."
 
 
-def _say_what_is_kept(kept):
+def _say_what_is_kept(kept, run_folder):
     if not kept:
         return "No checkpoint was there before."
-    return f"The last good checkpoint is {kept[-1]}: make room, and resume from it."
+    return (
+        f"The last good checkpoint is {kept[-1]}: make room, and go on from it with "
+        f"sdkit train --resume {run_folder}."
+    )
