@@ -30,7 +30,8 @@ def train(tokenizer_folder, folder, on_step=None):
     pipe = build_tiny_pipe(tokenizer_folder)
     config = make_config(
         folder, max_train_steps=STEPS, checkpointing_steps=1, checkpoints_total_limit=2,
-        micro_batch=4, validation_steps=2, caption_dropout=0.2, noise_offset=0.1,
+        micro_batch=2, gradient_accumulation_steps=2, validation_steps=2, caption_dropout=0.2,
+        noise_offset=0.1,
     )  # fmt: skip
     return train_lora(
         config, pipe=pipe, data=make_data(pipe), resume=(folder / CONFIG_FILE).exists(),

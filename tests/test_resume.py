@@ -117,7 +117,11 @@ def test_dropout_resumes_exactly(tokenizer_folder, tmp_path):
             if isinstance(layer, torch.nn.Dropout):
                 layer.p = 0.2
         config = make_config(
-            tmp_path / name, max_train_steps=4, checkpointing_steps=1, validation_steps=None
+            tmp_path / name,
+            max_train_steps=4,
+            checkpointing_steps=1,
+            validation_steps=None,
+            gradient_accumulation_steps=2,
         )
 
         def watch(record):
