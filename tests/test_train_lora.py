@@ -122,7 +122,8 @@ def test_an_image_that_overflows_in_the_model_is_named(tiny_pipe, data, tmp_path
     weights = []
     report = train(
         tiny_pipe, spoiled, tmp_path / "run", max_train_steps=2, max_bad_steps=2,
-        gradient_accumulation_steps=8, on_step=lambda record: weights.append(copy_weights(tiny_pipe)),
+        gradient_accumulation_steps=8,
+        on_step=lambda record: weights.append(copy_weights(tiny_pipe)),
     )  # fmt: skip
     dropped = report.dropped_steps[0]
     assert (dropped.gate, dropped.images) == ("loss", ("image_005.png",))
