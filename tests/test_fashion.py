@@ -1,6 +1,7 @@
 """The download's real quirks, planted one by one."""
 
 import json
+import resource
 
 import numpy as np
 import pytest
@@ -55,6 +56,31 @@ def test_pictures_are_square_with_white_beside(tmp_path):
     assert pixels.shape == (40, 40, 3)
     assert (pixels[:, :5] == 255).all() and (pixels[:, -5:] == 255).all()
     assert (pixels[:, 5:35] < 60).all()
+
+
+def test_a_transparent_picture_gets_the_white_that_its_caption_tells_of(tmp_path):
+    source = make_download(tmp_path / "source")
+    image = Image.new("RGBA", (40, 40), (0, 0, 0, 0))
+    image.paste((200, 0, 0, 255), (10, 10, 30, 30))
+    image.save(source / "images" / "1005.jpg", format="PNG")  # as some of them are
+    prepare_fashion_products(source, tmp_path / "out", progress=False)
+    (path,) = (tmp_path / "out").rglob("1005.png")
+    with Image.open(path) as written:
+        assert written.getpixel((0, 0)) == (255, 255, 255)
+        assert written.getpixel((20, 20)) == (200, 0, 0)
+
+
+def test_a_full_disk(tmp_path):
+    source = make_download(tmp_path / "source")
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    try:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (80, limits[1]))
+        with pytest.raises(ValidationError, match=r"1000\.png: cannot be written \(File too large"):
+            prepare_fashion_products(source, tmp_path / "out", progress=False)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert not (tmp_path / "out").exists()
+    prepare_fashion_products(source, tmp_path / "out", progress=False)
 
 
 def test_what_cannot_be_used_is_named(tmp_path):
@@ -114,6 +140,7 @@ def test_refusals(tmp_path):
 def test_brand_is_what_stands_before_the_gender():
     assert find_brand("Red Tape Men's Shoes") == "Red Tape"
     assert find_brand("Men Shoes") is None
+    assert find_brand("Puma, Men Shoes") == "Puma"
     assert find_brand("A shoe") is None
 
 

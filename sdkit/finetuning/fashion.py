@@ -8,6 +8,7 @@ from pathlib import Path
 from PIL import Image, ImageOps
 from tqdm.auto import tqdm
 
+from sdkit.finetuning.picture import convert_to_rgb
 from sdkit.finetuning.splits import SPLITS, draw_split
 from sdkit.run_folder import begin_run, finish_run
 from sdkit.validation import ValidationError
@@ -171,7 +172,8 @@ def find_brand(display_name: str) -> str | None:
     words = display_name.split()
     for place, word in enumerate(words):
         if word.lower().removesuffix("'s") in GENDERS:
-            return " ".join(words[:place]) if 0 < place <= BRAND_WORDS else None
+            brand = " ".join(words[:place]).strip(",")
+            return brand if 0 < place <= BRAND_WORDS else None
     return None
 
 
@@ -192,7 +194,7 @@ def _write_square(images, product_id, folder, size_pixels) -> str | None:
         return "no image"
     try:
         with Image.open(path) as opened:
-            image = ImageOps.exif_transpose(opened).convert("RGB")
+            image, _ = convert_to_rgb(ImageOps.exif_transpose(opened))  # white where transparent
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
         return f"image cannot be read: {error}"
     side = max(image.size)
@@ -200,7 +202,14 @@ def _write_square(images, product_id, folder, size_pixels) -> str | None:
     square.paste(image, ((side - image.width) // 2, (side - image.height) // 2))
     if side > size_pixels:
         square = square.resize((size_pixels, size_pixels), Image.Resampling.LANCZOS)
-    square.save(folder / f"{product_id}.png")  # without loss: JPEG would stain the white
+    path = folder / f"{product_id}.png"  # without loss: JPEG would stain the white
+    try:
+        square.save(path)
+    except OSError as error:
+        raise ValidationError(
+            f"{path}: cannot be written ({error.strerror or error}). Expected room and permission "
+            "to write; the same call begins again."
+        ) from error
     return None
 
 
