@@ -102,6 +102,8 @@ def load_pipeline(
     check_dtype(dtype)
     recipe = _read_recipe(recipe, dtype)
     device, device_reason = choose_device(backend)
+    if recipe:
+        check_device_dtype(device, DTYPES[recipe.dtype])
     if attention == "diffusers-sliced":
         check_baddbmm(device, f'attention="{attention}"')
     with collect_warnings(progress) as collected:
@@ -219,13 +221,18 @@ def _decide_dtypes(dtype, checkpoint, device, environment, available_gib, attent
     )
     dtypes, reason = assign_dtypes(dtype, checkpoint.components, policy)
     for used in set(dtypes.values()):
-        problem = find_device_problem(device, used)
-        if problem:
-            raise ValidationError(
-                f"dtype={dtype_name(used)} on {device}: {problem}. Expected a dtype that the "
-                'device can compute in. Use dtype="auto" or "float32".'
-            )
+        check_device_dtype(device, used)
     return dtypes, reason
+
+
+def check_device_dtype(device, dtype):
+    """Refuses a dtype that a device fails its trial in."""
+    problem = find_device_problem(device, dtype)
+    if problem:
+        raise ValidationError(
+            f"dtype={dtype_name(dtype)} on {device}: {problem}. Expected a dtype that the "
+            'device can compute in. Use dtype="auto" or "float32".'
+        )
 
 
 def _load(checkpoint, dtypes, variant):

@@ -7,6 +7,7 @@ What is added was made for the model as it was before, so it is scaled, or refus
 - Textual inversion adds tokens to the text encoder, which is never rebalanced: right as it is.
 """
 
+from inspect import signature
 from pathlib import Path
 from types import MethodType
 
@@ -61,8 +62,8 @@ def install_checks(model, shift):
     model.save_pretrained = MethodType(save_with_sidecar, model)  # bound: a copy saves itself
     if isinstance(model, UNet2DConditionModel):
         model.register_forward_pre_hook(check_call, with_kwargs=True)
-        model.add_adapter = MethodType(add_adapter, model)
-        model.load_lora_adapter = MethodType(load_lora_adapter, model)
+        for function in (add_adapter, load_lora_adapter, fuse_lora):
+            setattr(model, function.__name__, MethodType(function, model))
 
 
 def remove_checks(model):
@@ -71,7 +72,7 @@ def remove_checks(model):
     for key, hook in list(model._forward_pre_hooks.items()):
         if hook is check_call:
             del model._forward_pre_hooks[key], model._forward_pre_hooks_with_kwargs[key]
-    for name in (MARK, "save_pretrained", "add_adapter", "load_lora_adapter"):
+    for name in (MARK, "save_pretrained", "add_adapter", "load_lora_adapter", "fuse_lora"):
         vars(model).pop(name, None)
 
 
@@ -93,6 +94,12 @@ def load_lora_adapter(model, *args, **kwargs):
     take_off_refused(model)
 
 
+def fuse_lora(model, *args, **kwargs):
+    """The library's own, but not of what came in another way and cannot act rightly."""
+    take_off_refused(model)
+    type(model).fuse_lora(model, *args, **kwargs)
+
+
 def take_off_refused(model):
     """Here, for fusing would hide an adapter before the next call could see it."""
     try:
@@ -105,7 +112,9 @@ def take_off_refused(model):
 def check_call(model, args, kwargs):
     """A forward pre-hook that scales what it can and refuses the rest."""
     check_additions(model)
-    return args, scale_residuals(kwargs, find_shift(model))
+    names = list(signature(type(model).forward).parameters)[1:]
+    named = kwargs | dict(zip(names[2:], args[2:], strict=False))  # residuals may come unnamed
+    return args[:2], scale_residuals(named, find_shift(model))
 
 
 def check_additions(model):

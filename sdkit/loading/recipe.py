@@ -22,6 +22,7 @@ from sdkit.run_folder import replace_file
 from sdkit.validation import ValidationError
 
 RECIPE_VERSION = 1
+LISTS = ("float32", "prompts")  # fields that JSON gives as lists
 SAMPLED_VALUES = 4  # of each tensor, for the fingerprint
 
 
@@ -95,9 +96,15 @@ class Recipe:
                 f"recipe: version {version!r}, fields {sorted(set(content) ^ names)} differ. "
                 f"Expected what plan_precision wrote, version {RECIPE_VERSION}."
             )
-        if content["dtype"] not in DTYPES or content["dtype"] == "float32":
-            raise ValidationError(f"recipe: dtype {content['dtype']!r}, expected float16.")
-        lists = {name: tuple(content[name]) for name in ("float32", "prompts")}
+        lists = {name: tuple(check_strings(name, content[name])) for name in LISTS}
+        if content["dtype"] not in ("float16", "bfloat16"):
+            seen = content["dtype"]
+            raise ValidationError(f"recipe: dtype {seen!r}, expected float16 or bfloat16.")
+        fingerprint = content["fingerprint"]
+        if not isinstance(fingerprint, dict) or not all(
+            isinstance(parts, dict) for parts in fingerprint.values()
+        ):
+            raise ValidationError("recipe: fingerprint is damaged. Run plan_precision again.")
         return cls(**content | lists)
 
     def save(self, path) -> Path:
@@ -118,6 +125,15 @@ class Recipe:
             return cls.from_json(Path(path).read_text(encoding="utf-8"))
         except (OSError, UnicodeDecodeError) as error:
             raise ValidationError(f"{path}: no recipe can be read there ({error}).") from error
+
+
+def check_strings(name, value) -> list[str]:
+    """Returns a field of a recipe that must be a list of strings."""
+    if isinstance(value, list) and all(isinstance(item, str) for item in value):
+        return value
+    raise ValidationError(
+        f"recipe: {name} is {value!r:.60}, expected a list of strings. Run plan_precision again."
+    )
 
 
 def take_fingerprint(pipe) -> dict:

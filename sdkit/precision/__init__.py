@@ -7,7 +7,7 @@ EXPORTS = {
     "OpHeadroom": "sdkit.precision.headroom",
     "measure_headroom": "sdkit.precision.headroom",
     "plot_headroom": "sdkit.precision.headroom_map",
-    "RebalanceReport": "sdkit.precision.rebalancing",
+    "RebalanceReport": "sdkit.precision.rebalance_report",
     "amplify": "sdkit.precision.rebalancing",
     "rebalance": "sdkit.precision.rebalancing",
     "save_rebalanced": "sdkit.precision.rebalancing",

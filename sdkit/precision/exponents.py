@@ -17,6 +17,7 @@ from functools import cache
 
 import torch
 
+from sdkit.loading.sidecar import find_shift
 from sdkit.precision.streams import Layer, Streams
 
 FLOAT16_MAX = 65504.0
@@ -56,7 +57,14 @@ def choose_exponents(model, streams: Streams, needs: dict[str, int]) -> Choice:
         streams: See `find_streams`.
         needs: See `find_needs`.
     """
-    room_of = cache(lambda layer: measure_room(find_weight(model, layer), is_half=layer.is_half))
+    shift = find_shift(model)
+    done = shift.exponents if shift else {}
+
+    @cache
+    def room_of(layer):
+        moved = done.get(layer.writes, 0) - done.get(layer.reads, 0)
+        return measure_room(find_weight(model, layer), is_half=layer.is_half, moved=moved)
+
     needs, bounds, wanted = dict(needs), {}, dict(needs)
     while True:
         exponents, too_much = solve(streams, needs, room_of)
@@ -105,18 +113,25 @@ def find_weight(model, layer: Layer) -> torch.Tensor:
     return weight[: len(weight) // 2] if layer.is_half else weight
 
 
-def measure_room(weight: torch.Tensor, *, is_half=False) -> tuple[int, int]:
+def measure_room(weight: torch.Tensor, *, is_half=False, moved=0) -> tuple[int, int]:
     """(lowest, highest) power of two that a float32 weight can be multiplied by.
 
-    Lowest: so that at most 1 % of the tensor becomes float16-subnormal that was not. Highest: so
-    that nothing overflows in float16.
+    Lowest: so that at most 1 % of the tensor becomes float16-subnormal that was not, before any
+    rebalance. Highest: so that nothing overflows in float16. Biases do not count: what is added to
+    a stream of thousands may lose its last bits.
+
+    Args:
+        weight: float32.
+        is_half: Whether it is half of a tensor.
+        moved: Power of two that it has been multiplied by already.
     """
     magnitudes = weight.abs()
     largest = float(magnitudes.max())
     if not largest:
         return -UNBOUNDED, UNBOUNDED
     limit = SUBNORMAL_SHARE * weight.numel() * (2 if is_half else 1)
-    before = int((magnitudes < SMALLEST_NORMAL).count_nonzero())
+    first = SMALLEST_NORMAL * 2.0 ** min(moved, 0)  # what was subnormal is less than this now
+    before = int((magnitudes < first).count_nonzero())
 
     def count_subnormal(bits):
         return int((magnitudes < SMALLEST_NORMAL * 2.0**bits).count_nonzero()) - before

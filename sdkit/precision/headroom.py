@@ -3,7 +3,7 @@
 import json
 import math
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 
 import pandas as pd
 import torch
@@ -11,6 +11,7 @@ import torch
 from sdkit.guarding import find_components, find_position, unguarded
 from sdkit.loading.border_casts import map_floats
 from sdkit.loading.lifting import in_float32
+from sdkit.loading.sidecar import find_shift
 from sdkit.precision.op_ranges import OpRanges
 from sdkit.validation import ValidationError, is_finite
 
@@ -68,6 +69,7 @@ class Headroom:
         prompts: Of the run.
         seed: Of its noise.
         source: What was run: "3 prompts" or "synthetic latents".
+        exponents: {component: {stream: e}} of those that were rebalanced when they were measured.
     """
 
     ops: tuple[OpHeadroom, ...]
@@ -75,6 +77,7 @@ class Headroom:
     prompts: tuple[str, ...]
     seed: int
     source: str
+    exponents: dict[str, dict[str, int]] = field(default_factory=dict)
 
     def predict(self, dtype="float16") -> list[tuple[str, str]]:
         """(module, op) of what goes wrong in a dtype, in the order of the run.
@@ -191,6 +194,7 @@ def measure_headroom(pipe, prompts, *, seed=0, **pipe_kwargs) -> Headroom:
         prompts=prompts,
         seed=seed,
         source=f"{len(prompts)} prompt{'s' * (len(prompts) > 1)}",
+        exponents=find_exponents(find_components(pipe)),
     )
 
 
@@ -223,6 +227,12 @@ def make_ops(records) -> tuple[OpHeadroom, ...]:
         for key, by_step in records.items()
         for rows in [[values[:4] for values in by_step.values()]]
     )
+
+
+def find_exponents(components) -> dict[str, dict[str, int]]:
+    """{component: {stream: e}} of those that are rebalanced."""
+    shifts = {name: find_shift(component) for name, component in components.items()}
+    return {name: dict(shift.exponents) for name, shift in shifts.items() if shift}
 
 
 def check_weights_are_finite(pipe):

@@ -5,6 +5,7 @@ rounding alone would leave it. Layers are tried in the order of their headroom, 
 that would bisect blindly begins where the trouble is.
 """
 
+import math
 from contextlib import ExitStack, contextmanager
 
 import torch
@@ -25,8 +26,8 @@ from sdkit.loading.recipe import (
     weight_of,
 )
 from sdkit.precision.drawing import check_reference, draw_images, low_arithmetic, measure_psnr
-from sdkit.precision.rounding import GRIDS, rounded_significands
-from sdkit.precision.search import Search, count_bisect_trials
+from sdkit.precision.rounding import GRIDS, MORE_GRIDS, rounded_significands
+from sdkit.precision.search import CHANCE_DB, Search, count_bisect_trials
 from sdkit.precision.trials import Trials
 from sdkit.validation import ValidationError
 
@@ -67,6 +68,8 @@ def plan_precision(
     """
     if dtype not in CANDIDATES:
         raise ValidationError(f"dtype={dtype!r}: expected one of {', '.join(CANDIDATES)}.")
+    if not (isinstance(tolerance_db, int | float) and math.isfinite(tolerance_db)):
+        raise ValidationError(f"tolerance_db={tolerance_db!r}: expected a number of dB, such as 1.")
     prompts = [prompts] if isinstance(prompts, str) else list(prompts)
     if not prompts:
         raise ValidationError("prompts: got none, expected a prompt or a list of prompts.")
@@ -80,18 +83,27 @@ def plan_precision(
             reference = draw()
             float32_weight_bytes = count_bytes(pipe)
         check_reference(reference)
-        healthy_db = measure_healthy_db(pipe, draw, reference, DTYPES[dtype])
+        healthy_db = measure_healthy_db(pipe, draw, reference, DTYPES[dtype], GRIDS)
         if tolerance_db < 0:
             raise ValidationError(
                 f"tolerance_db={tolerance_db}: rounding to {dtype} alone leaves {healthy_db:.1f}"
                 " dB, the best that can be reached. Expected at least 0. No recipe was written."
             )
+        layers = sorted(peaks, key=peaks.get, reverse=True)
+
+        def look_again():
+            as_it_is = search.measured[frozenset()]
+            if as_it_is >= search.target_db - CHANCE_DB and not is_endangered(peaks, DTYPES[dtype]):
+                return as_it_is  # where nothing overflows, this is what a healthy model reaches
+            more = measure_healthy_db(pipe, draw, reference, DTYPES[dtype], MORE_GRIDS)
+            return more - tolerance_db
+
         search = Search(
             Trials(pipe, DTYPES[dtype], prompts, seed, pipe_kwargs, reference).measure,
             healthy_db - tolerance_db,
             bar,
+            look_again,
         )
-        layers = sorted(peaks, key=peaks.get, reverse=True)
         paths = search.find_least(
             layers, find_endangered(peaks, layers, DTYPES[dtype]), find_tiers(pipe, layers)
         )
@@ -107,7 +119,7 @@ def plan_precision(
         dtype=dtype,
         float32=tuple(path for path in peaks if path in set(paths)),
         psnr_db=search.measured[frozenset(paths)],
-        healthy_db=healthy_db,
+        healthy_db=min(healthy_db, search.target_db + tolerance_db),
         tolerance_db=tolerance_db,
         trials=trials,
         bisect_trials=bisect_trials,
@@ -122,14 +134,14 @@ def plan_precision(
     )
 
 
-def measure_healthy_db(pipe, draw, reference, dtype) -> float:
-    """The least that rounding to the dtype's significand leaves, on two grids, range unlimited.
+def measure_healthy_db(pipe, draw, reference, dtype, grids) -> float:
+    """The least that rounding to the dtype's significand leaves, on some grids, range unlimited.
 
     How near to the reference one rounding comes is half chance, so one would be a bad measure.
     """
     models = list(find_models(pipe).values())
     reached = []
-    for grid in GRIDS:
+    for grid in grids:
         with in_float32(pipe), rounded_significands(models, dtype, grid):
             reached.append(measure_psnr(draw(), reference))
     return min(reached)
@@ -176,6 +188,11 @@ def list_units(pipe):
 def is_attention(module) -> bool:
     """Whether queries, keys and values are made in it, in diffusers' or transformers' naming."""
     return hasattr(module, "to_q") or hasattr(module, "q_proj")
+
+
+def is_endangered(peaks, dtype) -> bool:
+    """Whether any layer comes within a factor of two of the dtype's maximum: sums may overflow."""
+    return max(peaks.values()) > torch.finfo(dtype).max / 2
 
 
 def find_endangered(peaks, layers, dtype):

@@ -3,30 +3,30 @@
 float32 outputs stay equal to the last bit; see `sdkit.precision.streams` for what moves and why.
 """
 
-import json
 import math
-from collections import Counter
-from dataclasses import asdict, dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import torch
 from diffusers import AutoencoderKL
-from peft.tuners.tuners_utils import BaseTunerLayer
 
 from sdkit.loading.rebalanced import install_checks, remove_checks
 from sdkit.loading.sidecar import Shift, find_shift, measure_largest
-from sdkit.precision.exponents import (
-    FLOAT16_MAX,
-    MARGIN_BITS,
-    choose_exponents,
-    find_needs,
+from sdkit.precision.exponents import MARGIN_BITS, choose_exponents, find_needs
+from sdkit.precision.headroom import (
+    OVERFLOW,
+    Headroom,
+    find_exponents,
+    find_overflowing_weights,
+    make_ops,
 )
-from sdkit.precision.headroom import OVERFLOW, Headroom, find_overflowing_weights, make_ops
+from sdkit.precision.movable import check_overflow, check_weights, find_moved
 from sdkit.precision.op_ranges import OpRanges
+from sdkit.precision.rebalance_report import RebalanceReport
 from sdkit.precision.streams import Streams, find_streams
 from sdkit.precision.synthetic import LATENT_PIXELS, make_calls
-from sdkit.validation import ValidationError, is_finite
+from sdkit.validation import ValidationError
 
 REASONS = (
     ("time_embedding", "a bare SiLU reads it"),
@@ -39,86 +39,6 @@ REASONS = (
     ("conv_out", "it is read raw"),
     ("quant_conv", "it is read raw"),
 )
-
-
-@dataclass(frozen=True)
-class RebalanceReport:
-    """What `rebalance` or `amplify` did to a model, and what it could not do.
-
-    Attributes:
-        model_class: Such as "AutoencoderKL".
-        measured_on: What the ranges are from: "3 prompts", "synthetic latents 16x16, seed 0".
-        margin_bits: Streams were brought to at most 65504 / 2^margin_bits.
-        exponents: {stream: power of two it was multiplied by}; empty if nothing was changed.
-        wanted: {stream: power of two that the margin needed}, where a bound forbade it.
-        bounds: {stream: the weight that stopped it}, for the same streams: 1 % of it would have
-            become float16-subnormal, or it would have overflowed.
-        left: (module, op, largest |x| now, why it cannot be moved) of what still overflows.
-        on_synthetic: Streams of which the given headroom has no op, as a VAE's encoder where text
-            alone was given; their ranges are from synthetic latents.
-        error_without_sidecar: Relative RMS error of the float32 output if the eps are not restored,
-            as in a plain diffusers load; 0.0 if nothing was changed.
-        notices: What else was changed or is worth knowing.
-    """
-
-    model_class: str
-    measured_on: str
-    margin_bits: int
-    exponents: dict[str, int]
-    wanted: dict[str, int]
-    bounds: dict[str, str]
-    left: tuple[tuple[str, str, float, str], ...]
-    on_synthetic: tuple[str, ...]
-    error_without_sidecar: float
-    notices: tuple[str, ...] = ()
-
-    @property
-    def is_unchanged(self) -> bool:
-        """Whether the model is as it was."""
-        return not self.exponents
-
-    def to_json(self) -> str:
-        """Returns the report as JSON."""
-        return json.dumps(asdict(self), indent=2)
-
-    @classmethod
-    def from_json(cls, text) -> "RebalanceReport":
-        """Returns the report that `to_json` wrote."""
-        fields = json.loads(text)
-        tuples = {name: tuple(fields[name]) for name in ("on_synthetic", "notices")}
-        return cls(**fields | tuples | {"left": tuple(map(tuple, fields["left"]))})
-
-    def __str__(self):
-        """A short text with aligned lines; one for each kind of stream."""
-        rows = [("model", f"{self.model_class}, measured on {self.measured_on}")]
-        rows += self._describe_moved()
-        rows += [
-            ("bound", f"{stream}: 2^{e} needed, stopped by {self.bounds[stream]}")
-            for stream, e in self.wanted.items()
-        ]
-        rows += [
-            ("left", f"{module} ({op}): |x| up to {largest:.4g}; {why}")
-            for module, op, largest, why in self.left
-        ]
-        if self.on_synthetic:
-            streams = f"{len(self.on_synthetic)} streams, {self.on_synthetic[0]} the first"
-            rows += [("on synthetic", f"{streams}: {self.measured_on} did not reach them")]
-        if self.exponents:
-            error = f"relative error {self.error_without_sidecar:.2g} in float32"
-            rows += [("without sidecar", f"{error}, as after a plain diffusers load")]
-        rows += [("notice", notice) for notice in self.notices]
-        return "\n".join(f"{name:<17}{text}" for name, text in rows)
-
-    def _describe_moved(self):
-        """A row for each kind of stream, with how many moved by how much."""
-        kinds = {}
-        for stream, exponent in self.exponents.items():
-            kinds.setdefault(stream.partition(" ")[0], Counter())[exponent] += 1
-        moved = [
-            ("moved", f"{kind}: " + ", ".join(f"{n} by 2^{e}" for e, n in sorted(counts.items())))
-            for kind, counts in kinds.items()
-        ]
-        return moved or [("moved", "nothing: it fits float16 with the margin")]
 
 
 def rebalance(model, headroom: Headroom | None = None, *, seed=0) -> RebalanceReport:
@@ -146,6 +66,7 @@ def rebalance(model, headroom: Headroom | None = None, *, seed=0) -> RebalanceRe
     calls = make_calls(model, seed=seed)
     if headroom is None:
         headroom = measure_calls(model, root, calls, seed)
+    headroom = bring_up_to_date(headroom, model, streams, root)
     largest = find_largest(headroom, streams, root)
     unseen = tuple(name for name in streams.names if name not in largest)
     if unseen:
@@ -223,68 +144,6 @@ def save_rebalanced(model, folder) -> Path:
     return Path(folder)
 
 
-def check_weights(model, streams: Streams):
-    """Refuses a model whose weights cannot be moved exactly, before anything is touched."""
-    name = type(model).__name__
-    where = {}
-    for module in model.modules():
-        if isinstance(module, BaseTunerLayer):
-            raise ValidationError(
-                f"{name}: has adapter layers ({type(module).__name__}). Merge them first: "
-                "`pipe.fuse_lora(); pipe.unload_lora_weights()`."
-            )
-    for path, parameter in model.named_parameters(remove_duplicate=False):
-        dtype = str(parameter.dtype).removeprefix("torch.")
-        if parameter.is_meta or parameter.dtype is not torch.float32:
-            state = "has no data" if parameter.is_meta else f"is {dtype}"
-            raise ValidationError(
-                f"{name}: {path} {state}, expected float32: a cast or quantised weight has "
-                'lost bits that no power of two gives back. Load with dtype="float32", '
-                "rebalance, then cast."
-            )
-        other = where.setdefault(parameter.data_ptr(), path)
-        if other != path and parameter.numel():
-            raise ValidationError(
-                f"{name}: {path} and {other} are one tensor (tied), expected weights that can move "
-                "apart. Copy one of them first."
-            )
-        if not is_finite(parameter):
-            raise ValidationError(
-                f"{name}: {path} holds NaN or Inf, expected finite weights. Load the model again."
-            )
-    for layer in streams.layers:
-        module = model.get_submodule(layer.path)
-        if type(module) not in (torch.nn.Linear, torch.nn.Conv2d):
-            raise ValidationError(
-                f"{name}: {layer.path} is a {type(module).__name__}, expected Linear or Conv2d in "
-                'float32. Load the model unquantised, with dtype="float32".'
-            )
-
-
-def check_overflow(model, streams: Streams, exponents):
-    """Refuses exponents at which a weight or bias would overflow in float16."""
-    for layer in streams.layers:
-        for kind, tensor, exponent in find_moved(model, layer, exponents):
-            largest = float(tensor.detach().abs().max())
-            if largest * 2.0**exponent > FLOAT16_MAX:
-                possible = math.floor(math.log2(FLOAT16_MAX / largest))
-                raise ValidationError(
-                    f"{layer.path}.{kind}: |x| is up to {largest:.4g}, so at 2^{exponent} it would "
-                    f"overflow in float16, which is another fault. Expected an exponent of at most "
-                    f"{possible}."
-                )
-
-
-def find_moved(model, layer, exponents):
-    """(kind, tensor, exponent) of the weight and bias of a layer, of GEGLU the value half."""
-    module = model.get_submodule(layer.path)
-    reads, writes = exponents.get(layer.reads, 0), exponents.get(layer.writes, 0)
-    for kind, exponent in (("weight", writes - reads), ("bias", writes)):
-        tensor = getattr(module, kind)
-        if tensor is not None:
-            yield kind, tensor[: len(tensor) // 2] if layer.is_half else tensor, exponent
-
-
 @torch.no_grad()
 def apply_exponents(model, streams: Streams, exponents):
     """Moves weights, biases and eps, and keeps account of it on the model."""
@@ -336,7 +195,24 @@ def measure_calls(model, root, calls, seed) -> Headroom:
         prompts=(),
         seed=seed,
         source=f"synthetic latents {LATENT_PIXELS}x{LATENT_PIXELS}, seed {seed}",
+        exponents=find_exponents({root: model}),
     )
+
+
+def bring_up_to_date(headroom: Headroom, model, streams: Streams, root) -> Headroom:
+    """A headroom of a model as it is now, where it was rebalanced since it was measured."""
+    now = find_exponents({root: model}).get(root, {})
+    then = headroom.exponents.get(root, {})
+    if now == then:
+        return headroom
+
+    def move(op):
+        stream = streams.find_stream(op.module.partition(".")[2], op.op, op.index)
+        by = 2.0 ** (now.get(stream, 0) - then.get(stream, 0))
+        return replace(op, largest=tuple(value * by for value in op.largest))
+
+    ops = tuple(move(op) if op.stage == root else op for op in headroom.ops)
+    return replace(headroom, ops=ops, exponents=headroom.exponents | {root: now})
 
 
 def complete(headroom: Headroom, synthetic: Headroom) -> Headroom:

@@ -16,6 +16,7 @@ DROPPED_BITS = {torch.float16: 13, torch.bfloat16: 16}
 # Two grids of the same fineness that share few values: two draws of the same lot. One image alone
 # is 3 dB better or worse by chance (standard deviation over nine draws of the bundled model).
 GRIDS = (1.0, 2.0**0.5)
+MORE_GRIDS = (2.0**0.25, 2.0**0.75)  # where it is a near thing
 
 
 @contextmanager

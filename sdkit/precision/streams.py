@@ -172,6 +172,9 @@ def check_supported(model):
     for key, expected in () if is_vae else UNET_CONFIG.items():
         if model.config.get(key, expected[0]) not in expected:
             refuse(name, f"{key}={model.config[key]!r}", f"{key} of {expected}")
+    widths = () if is_vae else model.config.cross_attention_dim
+    if not isinstance(widths, int) and len(set(widths)) > 1:
+        refuse(name, f"cross_attention_dim={tuple(widths)}", "text of one width")
     if not is_vae and model.conv_norm_out is None:
         refuse(name, "no conv_norm_out", "norm_num_groups to be set")
     for path, module in model.named_modules():
@@ -179,9 +182,13 @@ def check_supported(model):
 
 
 def check_attention(name, path, module):
-    """Refuses attention whose values are added to by weights of the processor's own."""
-    if hasattr(module, "to_v") and isinstance(getattr(module, "processor", None), nn.Module):
-        refuse(name, f"{type(module.processor).__name__} at {path}", "a processor without weights")
+    """Refuses attention whose values come from other weights than `to_v` alone."""
+    processor = getattr(module, "processor", None)
+    kind = type(processor).__name__
+    if hasattr(module, "to_v") and isinstance(processor, nn.Module):
+        refuse(name, f"{kind} at {path}", "a processor without weights")
+    if hasattr(module, "to_v") and "Fused" in kind:  # it reads a copy, `to_qkv`
+        refuse(name, f"{kind} at {path}", "projections apart (`unfuse_qkv_projections()`)")
     if getattr(module, "spatial_norm", None) is not None:
         refuse(name, f"a spatial norm at {path}", "the attention of Stable Diffusion")
 

@@ -1,7 +1,8 @@
 """Trials of a plan: draws with some layers in float32, of which no part is run twice.
 
-The VAE comes last, so what the UNet gave holds for any choice of the VAE's layers: it is kept and
-handed out again, call by call. Where it broke, it breaks for any such choice, and nothing is run.
+The VAE's decoder comes last, so what the UNet gave holds for any choice of the decoder's layers: it
+is kept and handed out again, call by call. Where the UNet or what is before it broke, it breaks for
+any such choice, and nothing is run.
 A run ends at the first block of the UNet that gives NaN or Inf.
 """
 
@@ -17,6 +18,7 @@ from sdkit.loading.recipe import mixed_precision
 from sdkit.precision.drawing import draw_guarded, low_arithmetic, measure_psnr
 from sdkit.validation import is_finite
 
+DECODING = ("vae.decoder", "vae.post_quant_conv")
 BLOCK = re.compile(r"mid_block|(down|up|transformer)_blocks\.\d+")
 
 
@@ -29,11 +31,11 @@ class Trials:
         self.arguments = (prompts, seed, pipe_kwargs)
         components = find_components(pipe).items()
         self.denoiser = next(c for n, c in components if n.startswith(("unet", "transformer")))
-        self.given = {}  # {layers outside of the VAE: what the denoiser gave; None if it broke}
+        self.given = {}  # {layers before the decoder: what the denoiser gave; None if it broke}
 
     def measure(self, paths) -> float:
         """The least PSNR with these layers in float32; -inf if an image is not finite."""
-        key = frozenset(path for path in paths if not path.startswith("vae"))
+        key = frozenset(path for path in paths if not path.startswith(DECODING))
         if self.given.get(key, ()) is None:
             return -np.inf
         precision = mixed_precision(self.pipe, sorted(paths), self.dtype)
@@ -41,7 +43,8 @@ class Trials:
             with precision, low_arithmetic(self.pipe, self.dtype):
                 return measure_psnr(self._draw(key), self.reference)
         except NonFiniteError as error:
-            if error.finding is None or error.finding.stage != "vae":
+            is_decoding = error.finding and error.finding.stage == "vae" and self.given.get(key)
+            if not is_decoding:  # nor is what broke before the denoiser, in the VAE's encoder
                 self.given[key] = None
             return -np.inf
 
