@@ -6,9 +6,7 @@
 One check follows each call of a text encoder, of the UNet (or transformer) and of the VAE. It looks
 at what went in as well as at what came out, so a component that was fed NaN is not blamed for it.
 
-A step is the index i of diffusers' denoising loop (`for i, t in enumerate(timesteps)`), from 0 in
-every pipeline call. Second-order schedulers (Heun, KDPM2) list their half-steps in `timesteps`, so
-n inference steps give about 2n steps here. Image-to-image counts from its own first step.
+What a step is, `steps.py` says.
 """
 
 import weakref
@@ -28,10 +26,9 @@ from sdkit.finding import (
     describe_bad,
     find_tensors,
 )
+from sdkit.steps import StepCounter, name_denoiser_arguments
 from sdkit.validation import ValidationError, is_finite
 
-# The first parameters of UNet2DConditionModel.forward; pipelines pass all others by name.
-UNET_ARGUMENTS = ("sample", "timestep", "encoder_hidden_states")
 # What the UNet's and the transformers' parameters mean; every other one is "conditioning".
 MEANING = {
     "sample": "latents",
@@ -40,6 +37,11 @@ MEANING = {
     "encoder_hidden_states": "prompt_embeds",
     "pooled_projections": "prompt_embeds",
 }
+
+# What pipelines call a component, by its part: Kandinsky's VAE is a movq, LDM's a vqvae.
+TEXT_ENCODERS = ("text_encoder", "bert")  # text_encoder_2 as well
+DENOISERS = ("unet", "transformer")
+VAES = ("vae", "movq", "vqvae")
 
 # On a component that `install_guard` watches: how to undo that.
 MARK = "_sdkit_guard"
@@ -50,6 +52,7 @@ __all__ = [
     "GuardReport",
     "NonFiniteError",
     "find_components",
+    "find_denoisers",
     "guard",
     "install_guard",
     "remove_guard",
@@ -153,16 +156,21 @@ def find_components(pipe):
     modules = {
         name: module
         for name, module in getattr(pipe, "__dict__", {}).items()
-        if name.startswith(("text_encoder", "unet", "transformer")) or name == "vae"
+        if name.startswith((*TEXT_ENCODERS, *DENOISERS)) or name in VAES
         if isinstance(module, torch.nn.Module)
     }
-    if not any(name.startswith(("unet", "transformer")) for name in modules):
+    if not any(name.startswith(DENOISERS) for name in modules):
         raise ValidationError(
             f"{type(pipe).__name__}: found {', '.join(modules) or 'no component'} to watch, "
             "expected a diffusers pipeline with a unet or a transformer. Hand over the pipeline "
             "itself, as StableDiffusionPipeline.from_pretrained returns it."
         )
     return modules
+
+
+def find_denoisers(pipe) -> list[torch.nn.Module]:
+    """Returns the UNet or transformer, or both transformers of a pipeline that has two."""
+    return [c for name, c in find_components(pipe).items() if name.startswith(DENOISERS)]
 
 
 def _watch_component(name, component, watch, undo):
@@ -174,11 +182,11 @@ def _watch_component(name, component, watch, undo):
             return look
         return lambda *call: None if _is_resting(find_component()) else look(*call)
 
-    if name == "vae":
+    if name in VAES:
         component = getattr(component, "_orig_mod", component)  # under torch.compile
-        after_method(component, "encode", judging(watch.after_encode), undo)
-        after_method(component, "decode", judging(watch.after_decode), undo)
-    elif name.startswith("text_encoder"):
+        after_method(component, "encode", judging(partial(watch.after_encode, name)), undo)
+        after_method(component, "decode", judging(partial(watch.after_decode, name)), undo)
+    elif name.startswith(TEXT_ENCODERS):
         after_forward(component, judging(partial(watch.after_text_encoder, name)), undo)
     else:
         after_forward(component, judging(partial(watch.after_denoiser, name)), undo)
@@ -236,32 +244,31 @@ class _Watch:
         # the garbage collector. They may also outlive it, in another pipeline.
         self._find_pipe = weakref.ref(pipe)
         self.report, self.raises, self.rests = report, raises, rests
-        self._begin_run()
-
-    def _begin_run(self):
-        self.position = None  # index into scheduler.timesteps
-        self.step = self.timestep = None
-        self.findings_before = len(self.report)
+        self.steps = StepCounter(pipe)
+        self.findings_before = 0  # of earlier runs
 
     def after_text_encoder(self, name, args, kwargs, output):
-        if self.position is not None:  # it has denoised since: the next pipeline call begins
-            self._begin_run()
+        if self.steps.step is not None:  # it has denoised since: the next pipeline call begins
+            self.steps.begin_run()
+            self.findings_before = len(self.report)
         self._judge("text_encoder", ComponentCall(name, args, kwargs), {}, output)
 
-    def after_encode(self, args, kwargs, output):
-        call, inputs = ComponentCall("vae.encode", args, kwargs), (args, kwargs)
+    def after_encode(self, name, args, kwargs, output):
+        call, inputs = ComponentCall(f"{name}.encode", args, kwargs), (args, kwargs)
         self._judge("vae", call, {"image": (("image", None, None), inputs)}, output)
 
-    def after_decode(self, args, kwargs, output):
-        call, inputs = ComponentCall("vae.decode", args, kwargs), (args, kwargs)
+    def after_decode(self, name, args, kwargs, output):
+        call, inputs = ComponentCall(f"{name}.decode", args, kwargs), (args, kwargs)
         self._judge("vae", call, {"latents": (self._latents_origin(), inputs)}, output)
 
     def after_denoiser(self, name, args, kwargs, output):
-        arguments = {**dict(zip(UNET_ARGUMENTS, args, strict=False)), **kwargs}
-        latents_origin = self._latents_origin()
-        if self._advance(arguments.get("timestep")):
+        arguments = name_denoiser_arguments(args, kwargs)
+        latents_origin, has_denoised = self._latents_origin(), self.steps.step is not None
+        if self.steps.advance(arguments.get("timestep")):
             latents_origin = ("latents", None, None)
-        now = (self.step, self.timestep)
+            if has_denoised:
+                self.findings_before = len(self.report)
+        now = (self.steps.step, self.steps.timestep)
         incoming = {}
         for argument, value in arguments.items():
             meaning = MEANING.get(argument, "conditioning")
@@ -272,26 +279,9 @@ class _Watch:
 
     def _latents_origin(self):
         """(stage, step, timestep) of what made the latents that a component is given now."""
-        if self.position is None:
+        if self.steps.step is None:
             return ("latents", None, None)
-        return ("scheduler", self.step, self.timestep)
-
-    def _advance(self, timestep):
-        """Moves to the step of this denoiser call; returns True if a new run begins with it."""
-        if isinstance(timestep, torch.Tensor):
-            timestep = timestep.flatten()[0].item()  # one for the batch, or one a row
-        position = find_position(self._find_pipe(), timestep, self.position)
-        if position is None:  # not in the schedule (Flux divides by 1000): count the changes
-            previous = -1 if self.position is None else self.position
-            rises = None not in (timestep, self.timestep) and timestep > self.timestep
-            position = 0 if rises else previous + (timestep != self.timestep)
-        if self.position is not None and position < self.position:
-            self._begin_run()
-        is_new = self.position is None
-        # Counted, not subtracted: image-to-image may start at the second of two equal timesteps.
-        self.step = 0 if is_new else self.step + (position > self.position)
-        self.position, self.timestep = position, timestep
-        return is_new
+        return ("scheduler", self.steps.step, self.steps.timestep)
 
     def _judge(self, stage, call, incoming, output, step=None, timestep=None):
         """Looks at one call: what it was fed, {argument: (origin, value)}, and what it made."""
@@ -321,19 +311,3 @@ class _Watch:
         self.report.bad_call = self.report.bad_call or call
         if self.raises:
             raise NonFiniteError(finding.message, finding)
-
-
-def find_position(pipe, timestep, previous):
-    """Index into scheduler.timesteps of a call at this timestep, after a call at `previous`.
-
-    The next index comes first, for second-order schedulers list a timestep twice; then the same
-    index, for some pipelines call the UNet once for each half of the guidance; then a later one.
-    Only a new run goes back.
-    """
-    schedule = getattr(getattr(pipe, "scheduler", None), "timesteps", None)
-    values = [] if schedule is None else schedule.tolist()
-    matches = [i for i, value in enumerate(values) if value == timestep]
-    if previous in matches and previous + 1 not in matches:
-        return previous
-    later = [i for i in matches if previous is None or i > previous]
-    return next(iter(later or matches), None)

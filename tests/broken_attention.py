@@ -42,6 +42,12 @@ def mask_one_row(query, key, scores):
     return scores + mask
 
 
+def mask_one_row_of_a_softmax_by_hand(query, key, scores):
+    """The maximum of a row is subtracted first, as everybody does: -inf - -inf."""
+    masked = mask_one_row(query, key, scores)
+    return masked - masked.amax(-1, keepdim=True)
+
+
 def mask_all(query, key, scores):
     return scores.masked_fill(torch.ones_like(scores, dtype=torch.bool), -INF)
 

@@ -14,13 +14,28 @@ import torch
 from broken_attention import MathProcessor, use
 from diffusers import (
     DDIMScheduler,
+    DDPMScheduler,
+    DEISMultistepScheduler,
     DPMSolverMultistepScheduler,
+    EulerAncestralDiscreteScheduler,
     EulerDiscreteScheduler,
+    HeunDiscreteScheduler,
+    KDPM2DiscreteScheduler,
     LCMScheduler,
     PNDMScheduler,
     StableDiffusionInpaintPipeline,
+    UniPCMultistepScheduler,
 )
 from diffusers.models.attention_processor import AttnProcessor
+from other_pipelines import (
+    animated,
+    controlled,
+    embed_an_image,
+    give_edges,
+    kandinsky,
+    unconditional,
+    xl_image_to_image,
+)
 from planting import (
     HALF,
     INF,
@@ -171,11 +186,26 @@ SCHEDULERS = {
     "DPM++ 2M Karras": with_scheduler(DPMSolverMultistepScheduler, use_karras_sigmas=True),
     "LCM": with_scheduler(LCMScheduler, steps=2, guidance_scale=1.0),
 }
+MORE_SCHEDULERS = {
+    "Heun": with_scheduler(HeunDiscreteScheduler),
+    "KDPM2": with_scheduler(KDPM2DiscreteScheduler),
+    "UniPC": with_scheduler(UniPCMultistepScheduler),
+    "Euler ancestral": with_scheduler(EulerAncestralDiscreteScheduler),
+    "DDPM": with_scheduler(DDPMScheduler),
+    "DEIS": with_scheduler(DEISMultistepScheduler),
+}
 PIPELINES = {
     "image-to-image": (image_to_image, start_from_grey),
     "inpainting": (inpaint, paint_the_middle),
     "SDXL": (build_tiny_xl_pipe, call_with(num_inference_steps=2)),
     "SD3": (build_tiny_sd3_pipe, call_with(num_inference_steps=2)),
+}
+OTHERS = {  # in float32, with the prompts they take
+    "an unconditional DDPM": (unconditional, nothing, ()),
+    "Kandinsky": (kandinsky, embed_an_image, ()),
+    "ControlNet": (controlled, give_edges, ("a shoe",)),
+    "frames of AnimateDiff": (animated, call_with(num_frames=4, height=64, width=64), ("a",)),
+    "SDXL image-to-image": (xl_image_to_image, start_from_grey, ("a shoe",)),
 }
 SETTINGS = {
     "LoRA": add_lora,
@@ -191,6 +221,7 @@ SETTINGS = {
     "guidance_scale 15 rescaled": call_with(guidance_scale=15.0, guidance_rescale=0.7),
     "two images a prompt": call_with(num_images_per_prompt=2),
     "one step": call_with(num_inference_steps=1),
+    "a negative prompt": call_with(negative_prompt="blurred"),
     "a lenient safety checker": add_safety_checker(2.0),
 }
 
@@ -209,6 +240,10 @@ def list_runs():
         for dtype in DTYPES:
             fast = (name, dtype) == ("SD3", HALF)
             yield Healthy(f"{name}, {name_dtype(dtype)}", prepare, base, dtype=dtype, fast=fast)
+    for name, prepare in MORE_SCHEDULERS.items():
+        yield Healthy(f"{name}, float16", prepare, dtype=HALF)
+    for name, (base, prepare, prompts) in OTHERS.items():
+        yield Healthy(name, prepare, base, prompts=prompts)
     for name, prepare in SETTINGS.items():
         for dtype in (SINGLE, HALF):
             fast = (name, dtype) in (("LoRA", HALF), ("a causal mask of -inf", HALF))

@@ -18,6 +18,7 @@ from broken_attention import (
     divide_zero_by_zero,
     mask_all,
     mask_one_row,
+    mask_one_row_of_a_softmax_by_hand,
     mask_with_the_least_float16,
     multiply_a_mask_by_infinity,
     scale_in_place,
@@ -28,6 +29,7 @@ from broken_attention import (
 )
 from broken_kernels import at_call, at_step, documented, everything, kernel, once, one_element
 from diffusers.models.attention_processor import AttnProcessor
+from other_pipelines import controlled, embed_an_image, give_edges, kandinsky, unconditional
 from planting import (
     CROSS_ATTENTION,
     HALF,
@@ -38,6 +40,7 @@ from planting import (
     TEXT,
     add_lora,
     add_safety_checker,
+    ask_not_for_an_s,
     blind_the_clip_encoder,
     both,
     compile_the_unet,
@@ -65,6 +68,7 @@ from planting import (
     slice_attention,
     spoil_a_token,
     spoil_alphas,
+    spoil_the_latents_in_a_callback,
     start_from_grey,
     with_ddim,
 )
@@ -92,6 +96,7 @@ class Planted:
         memory: What fresh memory holds on the emulated backend; None without such a backend.
         faults: `faults(pipe)`: broken kernels for the emulated backend.
         base: `base(tokenizer_folder)`: the healthy pipeline.
+        prompts: What to ask for; none of a pipeline that takes no prompt.
         fast: Whether it belongs to the short campaign.
     """
 
@@ -107,6 +112,7 @@ class Planted:
     memory: str | None = None
     faults: Callable = lambda pipe: ()
     base: Callable = build_tiny_pipe
+    prompts: tuple = ("a shoe",)
     fast: bool = False
 
     @contextmanager
@@ -408,6 +414,30 @@ PLANTED = (
         "the prompt has the token, the empty one has not",
     ),
     Planted(
+        "one NaN in the token table, for the negative prompt", ask_not_for_an_s,
+        "text_encoder", None, TEXT + "embeddings.token_embedding", "bad-weights",
+        "the negative prompt has the token, the prompt has not",
+    ),
+    Planted(
+        "a NaN in a ControlNet",
+        both(set_weight("controlnet.mid_block.resnets.0.conv1", NAN), give_edges),
+        "unet", 0, "controlnet.mid_block.resnets.0.conv1", "bad-weights",
+        "no guard is on it; the UNet is fed what it made", dtype=SINGLE, base=controlled,
+    ),
+    Planted(
+        "a NaN in Kandinsky's movq",
+        both(set_weight("movq.decoder.mid_block.resnets.0.conv1", NAN), embed_an_image),
+        "vae", None, "movq.decoder.mid_block.resnets.0.conv1", "bad-weights",
+        "a VAE of another name, in a pipeline without a prompt", dtype=SINGLE, base=kandinsky,
+        prompts=(),
+    ),
+    Planted(
+        "a NaN in an unconditional UNet", set_weight("unet.up_blocks.0.resnets.0.conv1", NAN),
+        "unet", 0, "unet.up_blocks.0.resnets.0.conv1", "bad-weights",
+        "no prompt, no text encoder, no VAE", dtype=SINGLE, base=unconditional,
+        prompts=(),
+    ),
+    Planted(
         "a bad weight behind a harmless Inf",
         both(
             use(MathProcessor(mask_with_the_least_float16), SELF_ATTENTION),
@@ -436,6 +466,11 @@ PLANTED = (
         "unet", 0, "unet", "bad-input", "the prompt itself is fine",
     ),
     Planted(
+        "a callback that spoils the latents", spoil_the_latents_in_a_callback,
+        "unet", 1, None, "bad-input", "made after step 1, fed at step 2; no module runs",
+        also=((2, "unet"), (2, None), (1, "unet")),
+    ),
+    Planted(
         "one NaN in DDIM's alphas", spoil_alphas(2),
         "unet", 2, "unet", "bad-input",
         "step 1 reads it as the previous alpha, step 2 is fed what comes of it",
@@ -455,6 +490,11 @@ PLANTED = (
     Planted(
         "one masked row in a user's processor", use(MathProcessor(mask_one_row), SELF_ATTENTION),
         "unet", 0, SELF_ATTENTION, "masked-softmax", "finite scores plus a row of -inf", fast=True,
+    ),
+    Planted(
+        "one masked row of a softmax by hand",
+        use(MathProcessor(mask_one_row_of_a_softmax_by_hand), SELF_ATTENTION),
+        "unet", 0, SELF_ATTENTION, "masked-softmax", "-inf - -inf before any softmax runs",
     ),
     Planted(
         "everything masked in cross attention", use(MathProcessor(mask_all), CROSS_ATTENTION),

@@ -3,6 +3,8 @@
 Every plant is a function of the pipeline; what it returns goes to the pipeline's call.
 """
 
+import inspect
+
 import numpy as np
 import torch
 import transformers
@@ -21,6 +23,18 @@ HALF, SINGLE = torch.float16, torch.float32
 TEXT = "text_encoder." + "text_model." * transformers.__version__.startswith("4.")
 SELF_ATTENTION = "unet.down_blocks.0.attentions.0.transformer_blocks.0.attn1"
 CROSS_ATTENTION = "unet.up_blocks.1.attentions.1.transformer_blocks.0.attn2"
+
+
+def draw(pipe, prompts=("a shoe",), *, seed=0, **pipe_kwargs):
+    """Calls a pipeline: (images or frames, whether the safety checker flagged one)."""
+    takes_words = "prompt" in inspect.signature(pipe.__call__).parameters
+    if takes_words and "prompt_embeds" not in pipe_kwargs:
+        pipe_kwargs = {"prompt": list(prompts), **pipe_kwargs}
+    generator = torch.Generator("cpu").manual_seed(seed)
+    output = pipe(generator=generator, output_type="np", **pipe_kwargs)
+    images = getattr(output, "images", getattr(output, "frames", None))
+    images = images.reshape(-1, *images.shape[-3:])
+    return images, any(getattr(output, "nsfw_content_detected", None) or [False])
 
 
 def find_module(pipe, path):
@@ -367,6 +381,21 @@ def spoil_a_token(pipe):
     embedding = find_module(pipe, TEXT + "embeddings.token_embedding")
     with torch.no_grad():
         embedding.weight[token, 3] = NAN
+
+
+def spoil_the_latents_in_a_callback(pipe):
+    """The caller's own code between two steps."""
+
+    def spoil(pipe, step, timestep, given):
+        return given | ({"latents": given["latents"] * NAN} if step == 1 else {})
+
+    return with_ddim()(pipe) | {"callback_on_step_end": spoil}
+
+
+def ask_not_for_an_s(pipe):
+    """The spoilt token is in the negative prompt alone."""
+    spoil_a_token(pipe)
+    return {"prompt": ["a hat"], "negative_prompt": ["shoe"]}
 
 
 def compile_the_unet(pipe):

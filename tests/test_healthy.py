@@ -1,8 +1,8 @@
 """The healthy runs are healthy: no NaN at any border, a valid picture, finite at every module."""
 
 import pytest
-import torch
 from healthy import HEALTHY
+from planting import draw
 
 from sdkit.guarding import guard
 from sdkit.validation import judge_image
@@ -25,9 +25,8 @@ def test_there_are_enough_and_their_names_differ():
 )
 def test_it_is_finite_and_shows_a_picture(case, tokenizer_folder):
     with case.build(tokenizer_folder) as (pipe, pipe_kwargs):
-        generator = torch.Generator("cpu").manual_seed(case.seed)
         with guard(pipe) as report:
-            output = pipe(list(case.prompts), generator=generator, output_type="np", **pipe_kwargs)
+            images, is_flagged = draw(pipe, case.prompts, seed=case.seed, **pipe_kwargs)
     assert sum(report.calls.values()) >= 3
-    assert judge_image(output.images).valid
-    assert not any(getattr(output, "nsfw_content_detected", None) or [])
+    assert judge_image(images).valid
+    assert not is_flagged

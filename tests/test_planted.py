@@ -5,9 +5,10 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from other_pipelines import controlled, embed_an_image, give_edges, kandinsky
 from planted import PLANTED
 from planted_mini import PLANTED_IN_MINI
-from planting import HALF, add_safety_checker, image_to_image, nothing, start_from_grey
+from planting import HALF, add_safety_checker, draw, image_to_image, nothing, start_from_grey
 
 from sdkit.finding import find_tensors
 from sdkit.guarding import guard
@@ -22,16 +23,20 @@ STAGES = {
     "unet": "unet",
     "transformer": "unet",
     "vae": "vae",
+    "movq": "vae",
+    "controlnet": "unet",
+}
+WITHOUT_A_FAULT = {
+    image_to_image: start_from_grey,
+    controlled: give_edges,
+    kandinsky: embed_an_image,
 }
 SILENT = ("hidden-nan", "underflow", "dark-but-valid", "safety-checker")
 
 
 def generate(pipe, pipe_kwargs):
     """The images, and whether the safety checker flagged one."""
-    generator = torch.Generator("cpu").manual_seed(0)
-    prompt = None if "prompt_embeds" in pipe_kwargs else ["a shoe"]
-    output = pipe(prompt, generator=generator, output_type="np", **pipe_kwargs)
-    return output.images, any(getattr(output, "nsfw_content_detected", None) or [False])
+    return draw(pipe, **pipe_kwargs)
 
 
 def watch(pipe, look):
@@ -71,7 +76,8 @@ def find_first_bad(pipe, pipe_kwargs):
         if not found and not all(map(is_finite, tensors)):
             culprit = running[-1] if event == "enter" and running else path
             stage = STAGES[culprit.partition(".")[0]]
-            found.append((stage, step if stage == "unet" else None, culprit))
+            # A ControlNet runs before the UNet does.
+            found.append((stage, max(step, 0) if stage == "unet" else None, culprit))
         if event == "enter":
             running.append(path)
 
@@ -93,7 +99,7 @@ def heal(case):
         return replace(case, memory="zeros")
     if case.cause == "backend-fault":
         return replace(case, faults=lambda pipe: (), memory="zeros")
-    return replace(case, plant=start_from_grey if case.base is image_to_image else nothing)
+    return replace(case, plant=WITHOUT_A_FAULT.get(case.base, nothing))
 
 
 def generate_guarded(case, tokenizer_folder):

@@ -84,7 +84,8 @@ def test_a_fully_masked_row_is_its_own_cause():
 def test_memory_that_nobody_wrote_is_named():
     found = trace(lambda x: x + torch.empty(2, 4), memory="nan")
     assert find_cause(found).name == "uninitialised-memory"
-    assert "uninitialised memory" in found.inputs[1].note
+    assert found.inputs[1].allocated_by == "aten.empty.memory_format"
+    assert "uninitialised memory" in str(found.inputs[1])
     assert trace(lambda x: x + torch.empty(2, 4), memory="zeros") is None
 
 
@@ -142,7 +143,7 @@ def test_memory_that_was_given_back_is_not_taken_for_another():
         return x + torch.tensor([NAN] * 4)
 
     found = trace(recycle)
-    assert not any("uninitialised" in summary.note for summary in found.inputs)
+    assert not any(summary.allocated_by for summary in found.inputs)
     assert find_cause(found).name == "bad-input"
 
 

@@ -11,7 +11,6 @@ from sdkit.commands.options import (
     Attention,
     Backend,
     Emulate,
-    Guidance,
     Memory,
     Prompts,
     Seed,
@@ -32,7 +31,9 @@ def diagnose(
     ] = "auto",
     attention: Attention = "sdpa",
     steps: Steps = 25,
-    guidance: Guidance = 7.5,
+    guidance: Annotated[
+        float | None, typer.Option(help="Guidance scale; by default the pipeline's own.")
+    ] = None,
     seed: Seed = 0,
     incident: Annotated[
         Path | None,
@@ -63,7 +64,8 @@ def diagnose(
         found = diagnose_model(
             model or "mini", prompts, backend=backend, dtype=dtype, attention=attention,
             memory=memory, faults=emulate, seed=seed, prove=prove,
-            num_inference_steps=steps, guidance_scale=guidance,
+            num_inference_steps=steps,
+            **({} if guidance is None else {"guidance_scale": guidance}),
         )  # fmt: skip
     typer.echo(found.to_json() if as_json else str(found))
     if reproduction and not found.reproduction:

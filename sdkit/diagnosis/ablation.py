@@ -15,7 +15,7 @@ import torch
 from PIL import Image
 
 from sdkit.attention import allow_unsafe_attention
-from sdkit.diagnosis.remedy import ZeroedMemory
+from sdkit.diagnosis.changes import ZeroedMemory
 from sdkit.emulate import EmulationWarning, mps
 from sdkit.generation import generate
 from sdkit.loading import load_pipeline
@@ -104,7 +104,9 @@ def run_ablation(
 def load_for_trial(model, backend, dtype, attention):
     """Loads a pipeline that may break: (pipe, whether its device is to be emulated)."""
     with allow_unsafe_attention():
-        pipe, report = load_pipeline(model, backend=backend, dtype=dtype, attention=attention)
+        pipe, report = load_pipeline(
+            model, backend=backend, dtype=dtype, attention=attention, progress=False
+        )
     return pipe, report.device == "cpu"
 
 

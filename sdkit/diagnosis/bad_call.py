@@ -11,8 +11,9 @@ import torch
 
 from sdkit.diagnosis.cause import Cause, find_cause
 from sdkit.diagnosis.diagnosis import Diagnosis
-from sdkit.diagnosis.place import describe, stage_of
+from sdkit.diagnosis.place import describe, place_of, stage_of
 from sdkit.diagnosis.trace import find_first_bad_op
+from sdkit.diagnosis.whole_run import find_in_whole_run
 from sdkit.finding import ComponentCall
 from sdkit.guarding import find_components
 from sdkit.loading.modules import find_module
@@ -26,23 +27,23 @@ def examine_finding(pipe, run, call) -> Diagnosis:
     finding = run.finding
     if finding.stage == "scheduler":
         return examine_between_calls(pipe, finding, call)
-    if finding.stage == "conditioning" and (others := find_unwatched(pipe)):
-        bad = find_first_bad_op(call, {**find_components(pipe), **others})
-        if bad:
-            return describe("unet", finding.step or 0, bad.module, bad, find_cause(bad))
     if finding.tensor != "output":
-        return blame_input(pipe, finding)
+        return find_maker(pipe, finding, call) or blame_input(pipe, finding)
     return examine_call(pipe, run)
 
 
-def find_unwatched(pipe) -> dict:
-    """{name: module} of components that make conditioning and have no guard: a ControlNet."""
-    watched = {*find_components(pipe), "safety_checker"}
-    return {
-        name: module
-        for name, module in pipe.components.items()
-        if isinstance(module, torch.nn.Module) and name not in watched
-    }
+def find_maker(pipe, finding, call) -> Diagnosis | None:
+    """Who made what a component was given: a part without a guard, or the pipeline's own code.
+
+    None if it was bad before the run began: the caller handed it in.
+    """
+    if find_bad_tables(pipe.scheduler):
+        return None
+    bad, step = find_in_whole_run(pipe, call)
+    if bad is None or bad.inherited or bad.changed_after:
+        return None
+    step = finding.step or 0 if stage_of(place_of(bad)) == "unet" else step
+    return describe(stage_of(place_of(bad)), step, bad.module, bad, find_cause(bad))
 
 
 def blame_input(pipe, finding) -> Diagnosis:
@@ -76,7 +77,7 @@ def examine_between_calls(pipe, finding, call) -> Diagnosis:
         cause = find_cause(bad)
     else:
         cause = Cause("undecided", {"replay": "the op did not break again"}, "Run it once more.")
-    return describe("unet", step, None, bad, cause)
+    return describe("unet", step, bad and bad.module, bad, cause)
 
 
 def find_bad_tables(scheduler) -> dict:

@@ -11,11 +11,13 @@ import torch
 
 from sdkit.diagnosis.cause import Cause, find_cause
 from sdkit.diagnosis.diagnosis import Diagnosis
-from sdkit.diagnosis.place import describe, stage_of
+from sdkit.diagnosis.experiments import ATTENTION
+from sdkit.diagnosis.place import describe, place_of, stage_of
 from sdkit.diagnosis.trace import find_first_bad_op
+from sdkit.diagnosis.whole_run import find_in_whole_run, list_modules
 from sdkit.guarding import find_components
 from sdkit.loading.lifting import LOW_DTYPES, in_float32
-from sdkit.validation import judge_image
+from sdkit.validation import is_finite, judge_image
 
 # Of an image in [0, 1]. Pictures of a night have a mean above this; the report's were 0.
 DARK_MEAN = 0.06
@@ -38,15 +40,17 @@ def examine_images(pipe, run, call) -> Diagnosis:
             {**evidence, "flagged_images": sum(run.is_censored), "black_images": sum(is_black)},
             "No number is broken: another prompt, or safety_checker=None where that is allowed.",
         )  # fmt: skip
-    if all(verdict.valid for verdict in verdicts) and min(means) >= DARK_MEAN:
+    if any(verdict.problem in ("nan", "inf") for verdict in verdicts):
+        return examine_after_decoding(pipe, call, evidence)
+    is_bright = all(verdict.valid for verdict in verdicts) and min(means) >= DARK_MEAN
+    hidden = (run.has_hidden or not is_bright) and find_swallowed(pipe, call, is_bright)
+    if hidden:
+        return hidden
+    evidence.update(find_unread_weights(pipe))
+    if is_bright:
         return Diagnosis(
             "none", None, None, None, "healthy", {**evidence, **find_hidden_overflow(pipe, call)}
         )
-    if any(verdict.problem in ("nan", "inf") for verdict in verdicts):
-        return examine_after_decoding(pipe, call, evidence)
-    hidden = find_swallowed(pipe, call)
-    if hidden:
-        return hidden
     evidence["problems"] = sorted({v.problem for v in verdicts if not v.valid})
     return examine_dark(pipe, call, evidence)
 
@@ -62,30 +66,32 @@ def examine_after_decoding(pipe, call, evidence) -> Diagnosis:
     return Diagnosis("vae", None, None, None, "undecided", evidence, remedy)
 
 
-def find_swallowed(pipe, call) -> Diagnosis | None:
-    """A NaN that an op made and another lost, so that the guard at the borders saw nothing."""
+def find_swallowed(pipe, call, is_bright) -> Diagnosis | None:
+    """A NaN that an op made and another lost, so that the guard at the borders saw nothing.
+
+    A bad weight is named as such where the images are valid all the same and nobody meant to repair
+    it: attention on the CPU takes a NaN in its queries and gives a number.
+    """
     bad, step = find_in_whole_run(pipe, call, "swallowed")
     if bad is None:
         return None
-    stage = stage_of(bad.module)
     made = find_cause(bad)
+    is_repair = not is_bright or ATTENTION not in bad.swallowed_by
+    name = made.name if made.name == "bad-weights" and not is_repair else "hidden-nan"
     evidence = {"made_by": made.name, **made.evidence, "swallowed_by": bad.swallowed_by}
-    return describe(
-        stage, step, bad.module, bad, replace(made, name="hidden-nan", evidence=evidence)
-    )
+    stage = stage_of(place_of(bad))
+    return describe(stage, step, bad.module, bad, replace(made, name=name, evidence=evidence))
 
 
-def find_in_whole_run(pipe, call, look_for):
-    """The op that the trace stops at in a whole run, and its step (None outside of the UNet)."""
-    components = find_components(pipe)
-    denoiser = components.get("unet", components.get("transformer"))
-    calls = []
-    handle = denoiser.register_forward_pre_hook(lambda *_: calls.append(1))
-    try:
-        bad = find_first_bad_op(call, components, look_for=look_for)
-    finally:
-        handle.remove()
-    return bad, len(calls) - 1 if bad and stage_of(bad.module) == "unet" else None
+def find_unread_weights(pipe) -> dict:
+    """Weights with NaN or Inf that this run did not read, for another prompt or image may."""
+    bad = [
+        f"{root}.{name}"
+        for root, module in list_modules(pipe).items()
+        for name, weight in module.named_parameters()
+        if weight.is_floating_point() and not weight.is_meta and not is_finite(weight)
+    ]
+    return {"bad_weights_not_read": bad} if bad else {}
 
 
 def examine_dark(pipe, call, evidence) -> Diagnosis:
@@ -115,7 +121,7 @@ def describe_underflow(bad, step, evidence) -> Diagnosis:
     if bad is None:
         remedy = "Load the pipeline in float32, then component by component in float16."
         return Diagnosis("none", None, None, None, "undecided", evidence, remedy)
-    component = bad.module.partition(".")[0]
+    component = place_of(bad).partition(".")[0]
     output = bad.outputs[0]
     cause = Cause(
         "underflow",
@@ -123,7 +129,7 @@ def describe_underflow(bad, step, evidence) -> Diagnosis:
         f'Load {component} in float32: `load_pipeline(dtype={{"{component}": "float32"}})`; its '
         "values are too small for this dtype.",
     )
-    stage = stage_of(bad.module)
+    stage = stage_of(place_of(bad))
     return describe(stage, step, bad.module, bad, cause)
 
 

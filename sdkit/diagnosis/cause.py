@@ -5,6 +5,7 @@ hides every key has no right answer; memory that must not be read is found by ch
 does the size of the numbers decide between overflow and a backend that is wrong.
 """
 
+import math
 from dataclasses import dataclass, field
 
 from sdkit.diagnosis.experiments import (
@@ -74,6 +75,12 @@ def find_cause(bad: BadOp) -> Cause:
     cast_weights = tuple(name for summary in bad.inputs for name in summary.weights)
     if "_to_copy" in bad.op and cast_weights:
         return blame_weights(bad, cast_weights)
+    if not bad.module and (written := find_written_constants(bad)):
+        return Cause(
+            "bad-input",
+            {"written_as_a_number": written},
+            f"Something outside the model writes NaN or Inf: see {bad.source}.",
+        )
     if bad.inherited:
         return Cause(
             "bad-input",
@@ -89,6 +96,12 @@ def find_cause(bad: BadOp) -> Cause:
             "softmax.",
         )
     return judge_memory(bad) or judge_numbers(bad)
+
+
+def find_written_constants(bad: BadOp) -> list[str]:
+    """Names of the numbers that are NaN or Inf as they were written down."""
+    numbers = {n: v for n, v in bad.call.named.items() if isinstance(v, float)}
+    return [name for name, value in numbers.items() if not math.isfinite(value)]
 
 
 def blame_unseen_write(bad: BadOp) -> Cause:

@@ -18,14 +18,15 @@ from sdkit.emulate import active as find_emulation
 from sdkit.guarding import unguarded
 
 
-def diagnose(pipe, prompts, *, seed=0, prove=False, **pipe_kwargs) -> Diagnosis:
+def diagnose(pipe, prompts=None, *, seed=0, prove=False, **pipe_kwargs) -> Diagnosis:
     """Runs a pipeline once and says what is wrong with its images, where, and why.
 
     The images are made in one batch, from the noise that `generate` draws for the same seeds.
 
     Args:
-        pipe: A diffusers pipeline with a UNet or a transformer.
-        prompts: One prompt or a list of them; None if `prompt_embeds` are given.
+        pipe: A diffusers pipeline with a UNet or a transformer, of images or of videos.
+        prompts: One prompt or a list of them; None if `prompt_embeds` are given, or where the
+            pipeline takes no prompt.
         seed: Image i is drawn from seed + i, on the CPU.
         prove: Run again with the remedy; it must come out valid.
         **pipe_kwargs: Handed on to the pipeline call (`num_inference_steps=10`, `latents=...`).
@@ -36,9 +37,9 @@ def diagnose(pipe, prompts, *, seed=0, prove=False, **pipe_kwargs) -> Diagnosis:
     Raises:
         ValidationError: The pipeline or the arguments cannot work; nothing was run.
     """
-    prompts = check_prompts(prompts, pipe_kwargs)
-    check_arguments(seed, pipe_kwargs)
     check_pipeline(pipe)
+    prompts = check_prompts(pipe, prompts, pipe_kwargs)
+    check_arguments(pipe, seed, pipe_kwargs)
 
     def call(without=()):
         kept = {name: value for name, value in pipe_kwargs.items() if name not in without}

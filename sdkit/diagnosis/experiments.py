@@ -183,7 +183,10 @@ def depends_on_memory(call: OpCall) -> bool | None:
 
 
 def count_masked_rows(call: OpCall) -> tuple[int, int]:
-    """(fully masked rows, rows) of what a softmax or an attention was given; (0, 0) of others."""
+    """(fully masked rows, rows) of what a softmax or an attention was given; (0, 0) of others.
+
+    A softmax that is written out subtracts the maximum of each row first: -inf - -inf.
+    """
     name = call.func._schema.name.partition("::")[2]
     named = call.named
     if name in SOFTMAX_OPS:
@@ -193,6 +196,8 @@ def count_masked_rows(call: OpCall) -> tuple[int, int]:
         mask := named.get("attn_mask", named.get("attn_bias"))
     ):
         masked = (~mask if mask.dtype is torch.bool else mask == float("-inf")).all(dim=-1)
+    elif name == "sub" and torch.is_tensor(maximum := named["other"]) and named["self"].dim():
+        masked = ((named["self"] == float("-inf")) & (maximum == float("-inf"))).all(dim=-1)
     else:
         return 0, 0
     return int(masked.sum()), masked.numel()

@@ -1,5 +1,6 @@
 """One pipeline call as the user makes it, under the guard, and what may be called at all."""
 
+import inspect
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -8,7 +9,7 @@ import torch
 
 from sdkit.diagnosis.module_watch import ModuleWatch
 from sdkit.finding import ComponentCall, Finding, NonFiniteError
-from sdkit.generation.request import MAXIMUM_SEED, check_number
+from sdkit.generation.request import MAXIMUM_SEED, check_known, check_number
 from sdkit.guarding import find_components, guard
 from sdkit.validation import ValidationError, judge_image
 
@@ -23,6 +24,7 @@ class Run:
         finding: The guard's first, or None.
         call: The component call it is about.
         suspect: Path of the first module whose output was bad in that call.
+        has_hidden: Whether a module's output was bad although every component's was finite.
     """
 
     images: np.ndarray | None = None
@@ -30,6 +32,7 @@ class Run:
     finding: Finding | None = None
     call: ComponentCall | None = None
     suspect: str | None = None
+    has_hidden: bool = False
 
     @property
     def is_valid(self) -> bool:
@@ -37,8 +40,18 @@ class Run:
         return self.images is not None and all(judge_image(image).valid for image in self.images)
 
 
-def check_prompts(prompts, pipe_kwargs) -> list[str]:
-    """The prompts as a list of at least one; empty words where embeddings stand for them."""
+def check_prompts(pipe, prompts, pipe_kwargs) -> list[str] | None:
+    """The prompts as a list of at least one; empty words where embeddings stand for them.
+
+    None for a pipeline that takes no prompt, such as an unconditional one.
+    """
+    if not takes(pipe, "prompt"):
+        if prompts:
+            raise ValidationError(
+                f"prompts: {type(pipe).__name__} takes none. Expected None, and what it takes by "
+                f"name: {', '.join(name_required(pipe)) or 'nothing is needed'}."
+            )
+        return None
     if prompts is None and pipe_kwargs.get("prompt_embeds") is not None:
         return [""] * len(pipe_kwargs["prompt_embeds"])
     prompts = [prompts] if isinstance(prompts, str) else prompts
@@ -54,10 +67,24 @@ def check_prompts(prompts, pipe_kwargs) -> list[str]:
     return list(prompts)
 
 
-def check_arguments(seed, pipe_kwargs):
-    """Raises for numbers with which no pipeline can be called."""
+def takes(pipe, argument) -> bool:
+    """Whether a pipeline's call takes an argument of this name."""
+    return argument in inspect.signature(pipe.__call__).parameters
+
+
+def name_required(pipe) -> list[str]:
+    """Names of the arguments that a pipeline's call must be given."""
+    parameters = inspect.signature(pipe.__call__).parameters.values()
+    return [p.name for p in parameters if p.default is p.empty and p.kind is not p.VAR_KEYWORD]
+
+
+def check_arguments(pipe, seed, pipe_kwargs):
+    """Raises for names and numbers with which the pipeline cannot be called."""
+    if "prompt" in pipe_kwargs:
+        raise ValidationError("prompt: expected as the second argument, prompts.")
+    check_known(pipe, pipe_kwargs)
     check_number("seed", seed, minimum=0, maximum=MAXIMUM_SEED)
-    for name in ("num_inference_steps", "num_images_per_prompt"):
+    for name in ("num_inference_steps", "num_images_per_prompt", "num_videos_per_prompt"):
         if pipe_kwargs.get(name) is not None:
             check_number(name, pipe_kwargs[name], minimum=1)
     if pipe_kwargs.get("guidance_scale") is not None:
@@ -72,6 +99,8 @@ def check_pipeline(pipe):
             components on different devices that no offloading hook moves.
     """
     components = find_components(pipe)
+    if not callable(pipe):
+        raise ValidationError(f"pipe: {type(pipe).__name__} cannot be called.")
     scheduler = getattr(pipe, "scheduler", None)
     for method in ("set_timesteps", "step"):
         if not callable(getattr(scheduler, method, None)):
@@ -93,15 +122,22 @@ def check_pipeline(pipe):
 
 def run_guarded(pipe, prompts, seed, pipe_kwargs) -> Run:
     """One pipeline call as the user makes it, under the guard."""
-    count = len(prompts) * pipe_kwargs.get("num_images_per_prompt", 1)
-    generators = [torch.Generator("cpu").manual_seed(seed + i) for i in range(count)]
-    arguments = {"generator": generators, **pipe_kwargs, "output_type": "np", "return_dict": True}
-    if "prompt_embeds" not in pipe_kwargs:
+    generators = make_generators(prompts, seed, pipe_kwargs)
+    ours = {"generator": generators, "output_type": "np", "return_dict": True}
+    arguments = {
+        **{name: value for name, value in ours.items() if takes(pipe, name)},
+        **pipe_kwargs,
+        **{name: ours[name] for name in ("output_type", "return_dict") if takes(pipe, name)},
+    }
+    if prompts and "prompt_embeds" not in pipe_kwargs:
         arguments["prompt"] = prompts
+        # diffusers wants a negative prompt to be a list where the prompt is one.
+        words = {name: v for name, v in pipe_kwargs.items() if name.startswith("negative_prompt")}
+        arguments |= {n: [v] * len(prompts) for n, v in words.items() if isinstance(v, str)}
     watch = ModuleWatch()
     try:
         with (
-            kept_state(arguments["generator"]),
+            kept_state(arguments.get("generator")),
             guard(pipe) as report,
             watch.installed(find_components(pipe)),
         ):
@@ -110,7 +146,36 @@ def run_guarded(pipe, prompts, seed, pipe_kwargs) -> Run:
         suspect = watch.find_first_bad(report[0].component.partition(".")[0])
         return Run(finding=report[0], call=report.bad_call, suspect=suspect)
     censored = getattr(output, "nsfw_content_detected", None)
-    return Run(images=np.asarray(output.images), is_censored=tuple(censored or ()))
+    return Run(
+        images=read_images(output),
+        is_censored=tuple(censored or ()),
+        has_hidden=watch.has_seen_bad,
+    )
+
+
+def make_generators(prompts, seed, pipe_kwargs):
+    """One generator an image, as `generate` draws; one for all where no prompts are counted."""
+    if prompts is None:
+        return torch.Generator("cpu").manual_seed(seed)
+    each = ("num_images_per_prompt", "num_videos_per_prompt")
+    count = len(prompts) * next((n for name in each if (n := pipe_kwargs.get(name))), 1)
+    return [torch.Generator("cpu").manual_seed(seed + i) for i in range(count)]
+
+
+def read_images(output) -> np.ndarray:
+    """The images of a pipeline's output as floats (N, H, W, C); of a video every frame is one.
+
+    Raises:
+        ValidationError: The pipeline makes neither images nor frames.
+    """
+    found = getattr(output, "images", getattr(output, "frames", None))
+    if found is None:
+        raise ValidationError(
+            f"pipe: it gives {type(output).__name__}, expected images or the frames of a video."
+        )
+    images = np.asarray(found)
+    images = images / np.float32(255) if images.dtype == np.uint8 else images
+    return images.reshape(-1, *images.shape[-3:])
 
 
 @contextmanager

@@ -6,6 +6,7 @@ from functools import partial
 from sdkit.attention import allow_unsafe_attention
 from sdkit.diagnosis.diagnosis import Diagnosis
 from sdkit.diagnosis.examination import diagnose
+from sdkit.diagnosis.guarded_run import takes
 from sdkit.emulate import FAULTS
 from sdkit.emulate.again import emulate_again
 from sdkit.emulate.memory import MEMORIES
@@ -30,7 +31,7 @@ def diagnose_model(
 
     Args:
         model: As in `load_pipeline`.
-        prompts: What to draw; by default the report's first prompt.
+        prompts: What to draw; by default the report's first prompt, if the pipeline takes one.
         backend: As in `load_pipeline`; an emulation is on the CPU.
         dtype: As in `load_pipeline`.
         attention: As in `load_pipeline`.
@@ -50,7 +51,8 @@ def diagnose_model(
             model, backend="cpu" if emulation else backend, dtype=dtype, attention=attention
         )
         with emulation() if emulation else nullcontext():
-            return diagnose(pipe, list(prompts or [PROMPT]), **arguments)
+            default = [PROMPT] if takes(pipe, "prompt") else None
+            return diagnose(pipe, list(prompts) if prompts else default, **arguments)
 
 
 def choose_emulation(memory, faults):

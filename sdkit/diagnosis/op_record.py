@@ -23,7 +23,8 @@ class TensorSummary:
         nan_count: Number of NaN values.
         inf_count: Number of infinite values.
         weights: Names of the parameters and buffers that it is, or that lie in it.
-        note: "uninitialised memory of aten.empty.memory_format", "ignored by contract", or "".
+        allocated_by: The op that gave out the memory, where nobody has written it yet; else "".
+        is_ignored: Whether the op by contract must not read it.
     """
 
     name: str
@@ -36,7 +37,8 @@ class TensorSummary:
     nan_count: int
     inf_count: int
     weights: tuple[str, ...] = ()
-    note: str = ""
+    allocated_by: str = ""
+    is_ignored: bool = False
 
     @property
     def largest(self) -> float:
@@ -51,7 +53,9 @@ class TensorSummary:
         bad += [f"{self.inf_count} Inf"] * bool(self.inf_count)
         counts = ", " + " and ".join(bad) if bad else ""
         more = [f"and {len(self.weights) - 1} more weights"] * (len(self.weights) > 1)
-        notes = ", ".join([*self.weights[:1], *more, *[self.note] * bool(self.note)])
+        memory = [f"uninitialised memory of {self.allocated_by}"] * bool(self.allocated_by)
+        ignored = ["ignored by contract"] * self.is_ignored
+        notes = ", ".join([*self.weights[:1], *more, *memory, *ignored])
         return f"{self.name}: {self.dtype} {shape}{span}{counts}{f' ({notes})' if notes else ''}"
 
 
@@ -97,7 +101,8 @@ class BadOp:
 
     Attributes:
         op: The overload, "aten.baddbmm.default"; None where memory changed between two ops.
-        module: Dotted path from the pipeline of the module that ran it.
+        module: Dotted path from the pipeline of the module that ran it; "" where none was running:
+            in the pipeline's own code, the scheduler, a callback.
         source: "attention_processor.py:690 in get_attention_scores", the innermost line outside
             torch and sdkit; None where there is none.
         source_line: The text of that line.
@@ -110,6 +115,7 @@ class BadOp:
         swallowed_by: Where the NaN was lost again, if it was: "vae.decoder: aten.clamp.default".
         changed_after: The op that had left the tensor finite, where memory changed without an op.
         hooks: Then, what others hooked to the module: "spoil (own.py:12)".
+        after: Where no module was running, the component that had run last, "vae"; else "".
         call: For running it again; not in the JSON.
     """
 
@@ -126,6 +132,7 @@ class BadOp:
     swallowed_by: str | None = None
     changed_after: str | None = None
     hooks: tuple[str, ...] = ()
+    after: str = ""
     call: OpCall | None = field(default=None, repr=False, compare=False)
 
     def to_dict(self) -> dict:
@@ -137,7 +144,8 @@ class BadOp:
 
     def __str__(self):
         """A few lines: where, what went in, what came out."""
-        lines = [f"{self.module}: {self.op or f'changed after {self.changed_after}'}"]
+        where = self.module or f"after {self.after}"
+        lines = [f"{where}: {self.op or f'changed after {self.changed_after}'}"]
         if self.source:
             lines.append(f"  at {self.source}: {self.source_line}")
         lines += [f"  in   {summary}" for summary in self.inputs]
@@ -148,10 +156,11 @@ class BadOp:
         return "\n".join(lines)
 
 
-def summarize(name: str, tensor: torch.Tensor, weights=(), note: str = "") -> TensorSummary:
+def summarize(name: str, tensor: torch.Tensor, **known) -> TensorSummary:
     """Counts and extremes of a tensor, judged on a float64 copy on the CPU.
 
-    A device whose own clamp or max hides NaN cannot judge itself.
+    A device whose own clamp or max hides NaN cannot judge itself. What else is `known` of it goes
+    to the summary: weights, allocated_by, is_ignored.
     """
     values = tensor.detach().cpu()
     nan_count = inf_count = 0
@@ -173,8 +182,7 @@ def summarize(name: str, tensor: torch.Tensor, weights=(), note: str = "") -> Te
         maximum=maximum,
         nan_count=nan_count,
         inf_count=inf_count,
-        weights=weights,
-        note=note,
+        **known,
     )
 
 

@@ -4,6 +4,7 @@ from sdkit.diagnosis.cause import Cause
 from sdkit.diagnosis.diagnosis import Diagnosis
 from sdkit.diagnosis.op_record import BadOp
 from sdkit.diagnosis.reproduction import shows_the_fault, write_reproduction
+from sdkit.guarding import TEXT_ENCODERS, VAES
 
 
 def describe(stage, step, module, bad: BadOp | None, cause: Cause) -> Diagnosis:
@@ -18,7 +19,7 @@ def describe(stage, step, module, bad: BadOp | None, cause: Cause) -> Diagnosis:
     return Diagnosis(
         stage=stage,
         step=step,
-        module=cause.module or module,
+        module=cause.module or module or None,
         op=bad and bad.op,
         cause=cause.name,
         evidence=evidence,
@@ -29,8 +30,13 @@ def describe(stage, step, module, bad: BadOp | None, cause: Cause) -> Diagnosis:
 
 
 def stage_of(module: str) -> str:
-    """The stage that a module's path belongs to."""
+    """The stage that a module's path belongs to; what encodes an image stands with the texts."""
     root = module.partition(".")[0]
-    if root.startswith("text_encoder"):
+    if root.startswith(TEXT_ENCODERS) or "encoder" in root:
         return "text_encoder"
-    return "vae" if root == "vae" else "unet"
+    return "vae" if root in VAES else "unet"
+
+
+def place_of(bad: BadOp) -> str:
+    """The module that ran an op, or the component that had run last."""
+    return bad.module or bad.after

@@ -5,6 +5,7 @@ import numpy as np
 from matplotlib.colors import to_rgb
 
 from sdkit.diagnosis.ablation import FAULTY, HONEST, OWN
+from sdkit.diagnosis.op_traits import name_tensors
 from sdkit.emulate.mode import suspended
 from sdkit.figures import BAD, COLOURS, GRID, INK, QUIET, figure_style, plot_image
 
@@ -147,8 +148,8 @@ def plot_bad_op(bad):
     Returns:
         A new Figure, already closed.
     """
-    named = bad.call.named
-    inputs = [(summary, named[summary.name]) for summary in bad.inputs if summary.name in named]
+    tensors = dict(name_tensors(bad.call.named))
+    inputs = [(summary, tensors[summary.name]) for summary in bad.inputs]
     outputs = list(zip(bad.outputs, bad.call.output, strict=True))[:1]
     tile, gap, middle = 1.75, 0.3, 2.3
     width, height = (len(inputs) + 1) * (tile + gap) + middle, 3.15
@@ -179,7 +180,7 @@ def plot_bad_op(bad):
         figure.text(centre / width, y, "→", ha="center", va="center", fontsize=22, color=QUIET)
         figure.text(centre / width, y - 0.08, "\n".join(lines), ha="center", va="top", fontsize=9)
         draw(width - tile, *outputs[0])
-        title = f"{bad.module}: the first op with a NaN"
+        title = f"{bad.module or f'after {bad.after}'}: the first op with a NaN"
         figure.text(0, 1, title, fontsize=11, fontweight="bold", va="top")
         foot = f"A corner of {TENSOR_SIDE} x {TENSOR_SIDE} values of each; NaN and Inf are red.  "
         foot += bad.source or ""
@@ -196,8 +197,9 @@ def caption(summary) -> str:
         else "no finite value"
     )
     bad = f"{summary.nan_count} NaN, {summary.inf_count} Inf"
-    note = "nobody wrote it; beta=0: ignore it" if "ignored" in summary.note else ""
-    note = note or "".join(summary.weights[:1]) or summary.note
+    notes = ["nobody wrote it"] * bool(summary.allocated_by)
+    notes += ["beta=0: ignore it"] * summary.is_ignored
+    note = "; ".join(notes) or "".join(summary.weights[:1])
     return "\n".join([f"{summary.dtype} {shape}", finite, bad, note])
 
 

@@ -1,26 +1,34 @@
 """Proof: the run again with the remedy, smallest change first; it must come out valid.
 
-Everything is undone afterwards: the very tensors, processors, inputs and methods come back. A bad
-weight cannot be healed here, so its proof is a counterfactual: the same run with the bad values set
-to zero, which shows that nothing else is broken.
+Everything is undone afterwards: the very tensors, processors, inputs and methods come back. What
+cannot be healed here (a bad weight that is bad on disk too, a formula without an answer) is proved
+by a counterfactual: the same run with the bad values set to zero shows that nothing else is broken.
 """
 
-from contextlib import contextmanager, nullcontext
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
+from pathlib import Path
 
 import torch
-from diffusers.models.attention_processor import AttnProcessor2_0
-from torch.utils._python_dispatch import TorchDispatchMode
+from diffusers import ModelMixin
 
+from sdkit.diagnosis.changes import (
+    ZeroedMemory,
+    ZeroMaskedRows,
+    mended,
+    reloaded,
+    replaced,
+    with_own_attention,
+    with_sdpa,
+    without_hooks,
+    zeroed_weights,
+)
 from sdkit.diagnosis.diagnosis import Diagnosis
-from sdkit.diagnosis.experiments import SOFTMAX_OPS
-from sdkit.emulate.memory import is_allocating
-from sdkit.emulate.mode import is_composite, suspended
-from sdkit.finding import find_tensors
+from sdkit.diagnosis.source_line import name_hooks
 from sdkit.guarding import find_components
 from sdkit.loading.border_casts import bordered
-from sdkit.loading.lifting import computing, holds_low, in_float32, restored
+from sdkit.loading.lifting import computing, holds_low, in_float32
 from sdkit.loading.modules import find_module
 
 # Which arguments of a pipeline bring what the guard calls by these names.
@@ -33,6 +41,7 @@ INPUTS = {
         "negative_pooled_prompt_embeds",
     ),
 }
+CALLBACKS = ("callback_on_step_end", "callback")
 
 
 @dataclass(frozen=True)
@@ -90,18 +99,31 @@ def list_trials(pipe, diagnosis: Diagnosis) -> list[Trial]:
     if cause == "uninitialised-memory":
         return [*try_sdpa(pipe, diagnosis), try_zeroed_memory()]
     if cause in ("range-overflow", "underflow"):
-        return try_float32(pipe, diagnosis)
+        return [*try_without_autocast(), *try_float32(pipe, diagnosis)]
     if cause == "backend-fault":
         sdpa = try_sdpa(pipe, diagnosis)
         return [*sdpa, *try_float32(pipe, diagnosis), *try_cpu(pipe, diagnosis)]
     if cause == "bad-weights":
         names = diagnosis.evidence["weights"]
         what = f"counterfactual, the bad values of {', '.join(names)} set to 0"
-        return [Trial(what, partial(zeroed_weights, pipe, names))]
+        counterfactual = Trial(what, partial(zeroed_weights, pipe, names))
+        return [*try_without_autocast(), *try_reloaded(pipe, names[0]), counterfactual]
     if cause == "bad-input":
-        return [*try_without_hooks(pipe, diagnosis), *try_own_inputs(pipe, diagnosis)]
+        return [
+            *try_without_callbacks(diagnosis),
+            *try_without_hooks(pipe, diagnosis),
+            *try_own_inputs(pipe, diagnosis),
+        ]
+    if cause == "invalid-arithmetic":
+        return [
+            *try_without_callbacks(diagnosis),
+            *try_own_attention(pipe, diagnosis),
+            *try_without_hooks(pipe, diagnosis),
+            *try_mended(pipe, diagnosis),
+        ]
     if cause == "masked-softmax":
-        return [Trial("fully masked rows attending to nothing", ZeroMaskedRows)]
+        nothing = Trial("fully masked rows attending to nothing", ZeroMaskedRows)
+        return [nothing, *try_own_attention(pipe, diagnosis)]
     if cause == "safety-checker":
         return [Trial("no safety checker", partial(replaced, pipe, "safety_checker", None))]
     return []
@@ -109,7 +131,7 @@ def list_trials(pipe, diagnosis: Diagnosis) -> list[Trial]:
 
 def try_sdpa(pipe, diagnosis) -> list[Trial]:
     """SDPA in place of an attention that goes through baddbmm."""
-    if "baddbmm" not in (diagnosis.op or ""):
+    if "baddbmm" not in (diagnosis.op or "") or not diagnosis.module:
         return []
     root = diagnosis.module.partition(".")[0]
     denoiser = getattr(pipe, root)
@@ -147,6 +169,28 @@ def try_float32(pipe, diagnosis) -> list[Trial]:
     return trials
 
 
+def try_without_autocast() -> list[Trial]:
+    """Every op in the dtype of its weights, where the run is under `torch.autocast`."""
+    kinds = [kind for kind in ("cpu", "cuda", "mps") if torch.is_autocast_enabled(kind)]
+    remedy = "Run it without torch.autocast, which casts to a dtype that is too narrow."
+    applied = [partial(torch.autocast, kind, enabled=False) for kind in kinds]
+    return [Trial("without autocast", without_autocast, remedy) for without_autocast in applied]
+
+
+def try_reloaded(pipe, name) -> list[Trial]:
+    """The component of a weight as its checkpoint has it, in float32, where that is on disk."""
+    root = name.partition(".")[0]
+    component = getattr(pipe, root)
+    folder = getattr(component, "name_or_path", None)  # transformers' name for it
+    if isinstance(component, ModelMixin):
+        folder = component.config.get("_name_or_path")
+    if not folder or not Path(folder).is_dir() or getattr(component, "peft_config", None):
+        return []
+    remedy = f'Load {root} in float32: `load_pipeline(dtype={{"{root}": "float32"}})`.'
+    what = f"{root} loaded anew in float32"
+    return [Trial(what, partial(reloaded, pipe, root, Path(folder)), remedy)]
+
+
 def try_cpu(pipe, diagnosis) -> list[Trial]:
     """The module, then its component, on the CPU in float32, outside every emulation."""
     path = diagnosis.module
@@ -173,91 +217,44 @@ def try_own_inputs(pipe, diagnosis) -> list[Trial]:
     trials = [Trial("the pipeline's own inputs", nullcontext, without=names)] if names else []
     if any(name.startswith("scheduler.") for name in diagnosis.evidence):
         anew = type(pipe.scheduler).from_config(pipe.scheduler.config)
-        what = "the scheduler made anew"
-        trials.append(Trial(what, partial(replaced, pipe, "scheduler", anew)))
+        what, own = "the scheduler made anew, with its own sigmas", ("sigmas", "timesteps")
+        trials.append(Trial(what, partial(replaced, pipe, "scheduler", anew), without=own))
     return trials
 
 
+def try_without_callbacks(diagnosis) -> list[Trial]:
+    """Without the caller's code between two steps, where no module is to blame."""
+    source = diagnosis.bad_op and diagnosis.bad_op.source
+    if diagnosis.module or not source or source.startswith(("pipeline_", "scheduling_")):
+        return []
+    return [Trial("no callback", nullcontext, without=CALLBACKS)]
+
+
+def try_own_attention(pipe, diagnosis) -> list[Trial]:
+    """The attention of diffusers in place of a processor that somebody else wrote."""
+    path = diagnosis.module
+    module = path and find_module(pipe, path)
+    if not hasattr(module, "set_processor"):
+        return []
+    remedy = f"Mend its processor, or give {path} diffusers' own: set_processor(AttnProcessor2_0())"
+    return [Trial(f"{path} with SDPA", partial(with_own_attention, module), f"{remedy}.")]
+
+
 def try_without_hooks(pipe, diagnosis) -> list[Trial]:
-    """Without what others hooked to the module in which memory changed."""
-    hooks = diagnosis.evidence.get("hooks", ())
+    """Without what others hooked to the module that broke."""
+    path = diagnosis.module
+    hooks = name_hooks(find_module(pipe, path)) if path else ()
     if not hooks:
         return []
-    what = f"{diagnosis.module} without its hooks"
-    return [Trial(what, partial(without_hooks, find_module(pipe, diagnosis.module)))]
+    trial = partial(without_hooks, find_module(pipe, path))
+    remedy = f"Mend or remove what is hooked to {path}: {', '.join(hooks)}."
+    return [Trial(f"{path} without its hooks", trial, remedy)]
 
 
-@contextmanager
-def without_hooks(module):
-    """A module without its forward hooks; those that come meanwhile go by themselves."""
-    kept = [(hooks, dict(hooks)) for hooks in (module._forward_pre_hooks, module._forward_hooks)]
-    for hooks, _ in kept:
-        hooks.clear()
-    try:
-        yield
-    finally:
-        for hooks, before in kept:
-            hooks.update(before)
-
-
-@contextmanager
-def with_sdpa(denoiser):
-    """All attention of a UNet or transformer through scaled_dot_product_attention."""
-    before = dict(denoiser.attn_processors)
-    denoiser.set_attn_processor(AttnProcessor2_0())
-    try:
-        yield
-    finally:
-        denoiser.set_attn_processor(before)
-
-
-@contextmanager
-def zeroed_weights(pipe, names):
-    """Sets the NaN and Inf of weights to zero."""
-    places = [name.rpartition(".") for name in names]
-    tensors = [getattr(find_module(pipe, path), leaf) for path, _, leaf in places]
-    with restored(tensors), torch.no_grad():
-        for tensor in tensors:
-            tensor.data = torch.where(tensor.data.isfinite(), tensor.data, 0)
-        yield
-
-
-@contextmanager
-def replaced(pipe, name, value):
-    """Another component in place of one."""
-    before = getattr(pipe, name)
-    setattr(pipe, name, value)
-    try:
-        yield
-    finally:
-        setattr(pipe, name, before)
-
-
-class ZeroedMemory(TorchDispatchMode):
-    """Fresh memory holds zeros, whatever the backend hands out."""
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        if is_composite(func):  # under inference_mode these arrive whole
-            with self:
-                return func.decompose(*args, **(kwargs or {}))
-        result = func(*args, **(kwargs or {}))
-        if is_allocating(func):
-            with suspended():
-                for tensor in find_tensors(result):
-                    tensor.zero_()
-        return result
-
-
-class ZeroMaskedRows(TorchDispatchMode):
-    """Softmax of a row of -inf alone is zero: such a query attends to nothing."""
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        if is_composite(func):  # under inference_mode these arrive whole
-            with self:
-                return func.decompose(*args, **(kwargs or {}))
-        result = func(*args, **(kwargs or {}))
-        if func._schema.name.partition("::")[2] not in SOFTMAX_OPS:
-            return result
-        with suspended():
-            masked = (args[0] == float("-inf")).all(dim=args[1], keepdim=True)
-            return result.masked_fill(masked, 0)
+def try_mended(pipe, diagnosis) -> list[Trial]:
+    """No cure, but it shows whether anything else is broken."""
+    path = diagnosis.module
+    if not path:
+        return []
+    what = f"counterfactual, the NaN and Inf that {path} puts out set to 0"
+    return [Trial(what, partial(mended, find_module(pipe, path)))]

@@ -11,7 +11,8 @@ import torch
 from sdkit.diagnosis.place import stage_of
 from sdkit.emulate.mode import suspended
 from sdkit.finding import find_tensors
-from sdkit.guarding import find_components, unguarded
+from sdkit.guarding import find_components, find_denoisers, unguarded
+from sdkit.steps import StepCounter
 
 # B batch, L tokens, D width of all heads, H heads
 
@@ -65,23 +66,21 @@ def measure_activations(pipe, prompts, *, seed=0, **pipe_kwargs) -> tuple[Activa
     Returns:
         One Activation an output. Afterwards the pipeline is as it was.
     """
-    seen, calls = [], []
+    seen, steps = [], StepCounter(pipe)
     components = find_components(pipe)
-    denoiser = components.get("unet", components.get("transformer"))
 
     def look_from(path):
         stage = stage_of(path)
 
         def look(module, args, output):
-            step = len(calls) - 1 if stage == "unet" else None
+            step = steps.step if stage == "unet" else None
             with suspended():
                 seen.extend((stage, step, path, t.abs().amax()) for t in find_tensors(output))
 
         return look
 
     with ExitStack() as undo:
-        count = denoiser.register_forward_pre_hook(lambda *_: calls.append(1))
-        undo.callback(count.remove)
+        undo.enter_context(steps.following(find_denoisers(pipe)))
         for root, component in components.items():
             for name, module in component.named_modules():
                 path = f"{root}.{name}".rstrip(".")

@@ -45,9 +45,13 @@ from sdkit.validation import is_finite
 
 OPS_BEFORE = 12
 FLUSHED_SHARE = 0.5
+# The last three make 0 of an Inf: so a norm whose sum of squares overflows puts out zeros.
 CUTTING_OPS = frozenset(
-    {"clamp", "clamp_min", "clamp_max", "hardtanh", "maximum", "minimum", "nan_to_num", "where"}
-)
+    {
+        "clamp", "clamp_min", "clamp_max", "hardtanh", "maximum", "minimum", "nan_to_num", "where",
+        "div", "reciprocal", "rsqrt",
+    }
+)  # fmt: skip
 FILLS = {"zeros": 0.0, "nan": float("nan")}
 
 
@@ -140,7 +144,7 @@ class OpTrace(TorchDispatchMode):
         ignored = find_ignored(func, named)
         tensors = dict(name_tensors(named))
         places = {name: storage_of(tensor) for name, tensor in tensors.items()}
-        weights = {n: names for n, t in tensors.items() if (names := self.weights.find(t))}
+        weights = self._find_weights(tensors)
         kept = keep_overwritten(func, args, kwargs, ignored)
         result = func(*args, **kwargs)
         with suspended():
@@ -163,7 +167,7 @@ class OpTrace(TorchDispatchMode):
             judge = self._judge_flushing if self.look_for == "flushed" else self._judge
             judge(call)
             self._mark_written(traits, call)
-        self.before.append(f"{self.path.innermost}: {call.func}")
+        self.before.append(f"{self._place}: {call.func}")
 
     def _judge(self, call):
         bad_outputs = [tensor for tensor in call.output if not is_finite(tensor)]
@@ -173,6 +177,8 @@ class OpTrace(TorchDispatchMode):
             return
         bad = {name: tensor for name, tensor in call.inputs.items() if not is_finite(tensor)}
         dtype = bad_outputs[0].dtype
+        if any(name not in call.weights for name in bad):
+            call = self._learn_weights(call)
         blamed = {n: self.weights.find_bad(call.weights.get(n, ()), dtype) for n in bad}
         weights = tuple(name for names in blamed.values() for name in names)
         rest = [n for n in bad if not blamed[n] and n not in call.undefined]
@@ -200,6 +206,20 @@ class OpTrace(TorchDispatchMode):
         if weights or (has_nan and not is_constant(call.named)):
             self._accuse(made_by)
 
+    def _learn_weights(self, call):
+        """Offloaded weights are put in place while their module runs: those are not known yet."""
+        path = self.path.innermost
+        module = self.path.find(path) if self.path.running else None
+        for kind in () if module is None else (module.named_parameters, module.named_buffers):
+            for name, tensor in kind(recurse=False):
+                if not tensor.is_meta and not self.weights.find(tensor):
+                    self.weights.add(f"{path}.{name}", tensor)
+        return replace(call, weights=self._find_weights(dict(name_tensors(call.named))))
+
+    def _find_weights(self, tensors):
+        """{argument: names of the weights that it is or holds}."""
+        return {n: names for n, t in tensors.items() if (names := self.weights.find(t))}
+
     def _note_finite(self, call):
         """Remembers which memory holds nothing but what was seen to be finite."""
         for tensor in call.output:
@@ -207,7 +227,7 @@ class OpTrace(TorchDispatchMode):
             if fills_storage(tensor):
                 self.suspects.pop(place, None)
             if place in self.finite or (fills_storage(tensor) and not self.outside_only):
-                self.finite[place] = f"{self.path.innermost}: {call.func}"
+                self.finite[place] = f"{self._place}: {call.func}"
                 self.held.append(StorageWeakRef(tensor.untyped_storage()))
 
     def _enter(self, path):
@@ -221,6 +241,11 @@ class OpTrace(TorchDispatchMode):
                 if storage_of(tensor) in self.finite and (has_nan_in(tensor) or rises(tensor)):
                     self.found = self._describe_change(tensor, module)
                     raise _Found
+
+    @property
+    def _place(self):
+        """Which module is running, in words."""
+        return self.path.innermost or f"after {self.path.latest or 'nothing'}"
 
     def _accuse(self, made_by):
         """A NaN, or an Inf that reached the output, has its origin."""
@@ -255,7 +280,7 @@ class OpTrace(TorchDispatchMode):
             if may_have_changed:
                 made_by = self._describe_change(tensor, self.path.innermost)
             if has_nan_in(tensor) or (cuts and call.places[name] in self.suspects):
-                self.found = replace(made_by, swallowed_by=f"{self.path.innermost}: {call.func}")
+                self.found = replace(made_by, swallowed_by=f"{self._place}: {call.func}")
                 raise _Found
 
     def _judge_flushing(self, call):
@@ -280,11 +305,20 @@ class OpTrace(TorchDispatchMode):
         count = len(call.output)
         return BadOp(
             op=str(call.func),
-            module="" if self.outside_only else self.path.innermost,
+            module=self.path.innermost,
+            after="" if self.path.innermost else self.path.latest,
             source=source,
             source_line=line,
             inputs=tuple(
-                summarize(name, tensor, self._name_weights(call, name), self._note(call, name))
+                summarize(
+                    name,
+                    tensor,
+                    weights=self._name_weights(call, name),
+                    allocated_by=self.undefined.get(call.places[name], "")
+                    if name in call.undefined
+                    else "",
+                    is_ignored=name.partition("[")[0] in call.ignored,
+                )
                 for name, tensor in name_tensors(call.named)
             ),
             outputs=tuple(
@@ -318,12 +352,3 @@ class OpTrace(TorchDispatchMode):
         names = call.weights.get(name, ())
         bad = len(names) > 1 and self.weights.find_bad(names, call.output[0].dtype)
         return bad or names
-
-    def _note(self, call, name) -> str:
-        """What there is to know of one argument."""
-        notes = []
-        if name in call.undefined:
-            notes.append(f"uninitialised memory of {self.undefined[call.places[name]]}")
-        if name.partition("[")[0] in call.ignored:
-            notes.append("ignored by contract")
-        return ", ".join(notes)

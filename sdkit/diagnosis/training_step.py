@@ -2,7 +2,7 @@
 
 from sdkit.diagnosis.cause import find_cause
 from sdkit.diagnosis.diagnosis import Diagnosis
-from sdkit.diagnosis.place import stage_of
+from sdkit.diagnosis.place import place_of, stage_of
 from sdkit.diagnosis.trace import find_first_bad_op
 from sdkit.emulate import active as find_emulation
 
@@ -43,9 +43,9 @@ def diagnose_training_step(measure_loss, modules) -> Diagnosis:
     cause = find_cause(bad)
     module = cause.module or bad.module
     return Diagnosis(
-        stage=stage_of(module),
+        stage=stage_of(module or place_of(bad)),
         step=None,
-        module=module,
+        module=module or None,
         op=bad.op,
         cause=cause.name,
         evidence={**progress, **cause.evidence},

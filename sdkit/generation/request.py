@@ -126,13 +126,19 @@ def check_pipe_kwargs(pipe, pipe_kwargs):
 
     StableDiffusionPipeline swallows unknown names without a word: a misspelt setting would be lost.
     """
-    known = set(inspect.signature(pipe.__call__).parameters) | set(LEGACY)
     for name in pipe_kwargs:
         if name in RESERVED:
             raise ValidationError(
                 f"{name}: generate() sets it itself. Expected one prompt an image, its size as "
                 "image_size and its seed as seed."
             )
+    check_known(pipe, pipe_kwargs)
+
+
+def check_known(pipe, names):
+    """Refuses names of arguments that the pipeline's call does not have."""
+    known = set(inspect.signature(pipe.__call__).parameters) | set(LEGACY)
+    for name in names:
         if name not in known:
             close = difflib.get_close_matches(name, known, n=1)
             raise ValidationError(

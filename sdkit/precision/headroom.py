@@ -8,11 +8,12 @@ from dataclasses import asdict, dataclass, field
 import pandas as pd
 import torch
 
-from sdkit.guarding import find_components, find_position, unguarded
+from sdkit.guarding import find_components, unguarded
 from sdkit.loading.border_casts import map_floats
 from sdkit.loading.lifting import in_float32
 from sdkit.loading.sidecar import find_shift
 from sdkit.precision.op_ranges import OpRanges
+from sdkit.steps import find_position
 from sdkit.validation import ValidationError, is_finite
 
 MAXIMUM = {name: torch.finfo(getattr(torch, name)).max for name in ("float16", "bfloat16")}

@@ -1,0 +1,40 @@
+"""A whole pipeline call under the op-level trace, with every module that takes part in it."""
+
+import torch
+
+from sdkit.diagnosis.op_record import BadOp
+from sdkit.diagnosis.place import place_of, stage_of
+from sdkit.diagnosis.trace import find_first_bad_op
+from sdkit.guarding import find_components, find_denoisers
+from sdkit.steps import StepCounter
+
+
+def find_in_whole_run(pipe, call, look_for="bad") -> tuple[BadOp | None, int | None]:
+    """Returns the op that the trace stops at in a pipeline call, and its step.
+
+    Args:
+        pipe: The pipeline.
+        call: Runs it, as the user does.
+        look_for: As in `find_first_bad_op`.
+
+    Returns:
+        The op and the index of the denoising loop, None outside of the loop; (None, None) if there
+        was no such op.
+    """
+    with StepCounter(pipe).following(find_denoisers(pipe)) as steps:
+        bad = find_first_bad_op(call, list_modules(pipe), look_for=look_for)
+    return bad, steps.step if bad and stage_of(place_of(bad)) == "unet" else None
+
+
+def list_modules(pipe) -> dict:
+    """{name: module} of all that computes in a pipeline but the safety checker.
+
+    Beside what the guard watches it holds what makes conditioning, a ControlNet or an image
+    encoder.
+    """
+    others = {
+        name: module
+        for name, module in pipe.components.items()
+        if isinstance(module, torch.nn.Module) and name != "safety_checker"
+    }
+    return {**others, **find_components(pipe)}
