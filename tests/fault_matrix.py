@@ -84,8 +84,7 @@ def make_truth(case):
 def mark_planted(case, tokenizer_folder):
     """Diagnose one planted fault."""
     with case.build(tokenizer_folder) as (pipe, pipe_kwargs):
-        prompts = pipe_kwargs.pop("prompt", case.prompts)
-        return Mark(case.name, make_truth(case), find(pipe, prompts, **pipe_kwargs))
+        return Mark(case.name, make_truth(case), find(pipe, case.prompts, **pipe_kwargs))
 
 
 def mark_healthy(case, tokenizer_folder):

@@ -416,7 +416,7 @@ PLANTED = (
     Planted(
         "one NaN in the token table, for the negative prompt", ask_not_for_an_s,
         "text_encoder", None, TEXT + "embeddings.token_embedding", "bad-weights",
-        "the negative prompt has the token, the prompt has not",
+        "the negative prompt has the token, the prompt has not", prompts=("a hat",),
     ),
     Planted(
         "a NaN in a ControlNet",

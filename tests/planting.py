@@ -395,7 +395,7 @@ def spoil_the_latents_in_a_callback(pipe):
 def ask_not_for_an_s(pipe):
     """The spoilt token is in the negative prompt alone."""
     spoil_a_token(pipe)
-    return {"prompt": ["a hat"], "negative_prompt": ["shoe"]}
+    return {"negative_prompt": ["shoe"]}
 
 
 def compile_the_unet(pipe):

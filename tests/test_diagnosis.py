@@ -2,8 +2,10 @@
 
 import json
 
+import accelerate
 import pytest
 import torch
+from broken_attention import MathProcessor, divide_zero_by_zero
 from diffusers import KDPM2AncestralDiscreteScheduler
 from diffusers.models.attention_processor import AttnProcessor, AttnProcessor2_0
 from tiny_pipelines import build_tiny_pipe, build_tiny_xl_pipe
@@ -178,6 +180,7 @@ def test_a_compiled_unet_is_diagnosed_in_eager_and_says_so(tiny_pipe):
         (lambda pipe: None, [3], r"prompts\[0\]"),
         (lambda pipe: setattr(pipe, "unet", None), "a", "unet or a transformer"),
         (lambda pipe: setattr(pipe, "scheduler", pipe.tokenizer), "a", "scheduler: CLIPTok"),
+        (lambda pipe: setattr(pipe, "scheduler", type(pipe.scheduler)), "a", "got the class PNDM"),
         (lambda pipe: pipe.vae.to("meta"), "a", "vae on meta"),
     ],
 )
@@ -326,3 +329,112 @@ def test_an_in_place_fault_has_its_reproduction(tiny_pipe):
         diagnosis = diagnose(tiny_pipe, "a", **FAST)
     assert (diagnosis.cause, diagnosis.module) == ("backend-fault", CONV)
     assert "deepcopy" in diagnosis.reproduction
+
+
+def test_a_negative_prompt_may_be_words(tiny_pipe):
+    assert diagnose(tiny_pipe, ["a", "b"], negative_prompt="blurred", **FAST).is_healthy
+
+
+@pytest.mark.parametrize("name", ["num_infrence_steps", "prompt"])
+def test_an_argument_that_the_pipeline_does_not_know_is_refused(tiny_pipe, name):
+    with pytest.raises(ValidationError, match=name):
+        diagnose(tiny_pipe, "a", **{name: 3})
+
+
+def spoil_queries(pipe):
+    with torch.no_grad():
+        pipe.unet.get_submodule(ATTENTION.removeprefix("unet.") + ".to_q").weight[0, 0] = NAN
+
+
+def test_a_bad_weight_that_attention_takes_in_silence_is_named(tiny_pipe):
+    spoil_queries(tiny_pipe)
+    diagnosis = diagnose(tiny_pipe, "a shoe", **FAST)
+    assert (diagnosis.cause, diagnosis.module) == ("bad-weights", ATTENTION + ".to_q")
+    assert "scaled_dot_product" in diagnosis.evidence["swallowed_by"]
+
+
+def test_a_bad_weight_that_this_prompt_does_not_read_is_told(tiny_pipe):
+    embedding = tiny_pipe.text_encoder.get_input_embeddings()
+    with torch.no_grad():
+        embedding.weight[tiny_pipe.tokenizer.convert_tokens_to_ids("z</w>")] = NAN
+    healthy = diagnose(tiny_pipe, "a shoe", **FAST)
+    assert healthy.is_healthy
+    assert healthy.evidence["bad_weights_not_read"][0].endswith("token_embedding.weight")
+    assert diagnose(tiny_pipe, "fuzz", **FAST).cause == "bad-weights"
+
+
+def test_an_overflow_that_a_hook_cuts_off_is_told_though_the_picture_is_valid(tiny_pipe):
+    conv = tiny_pipe.vae.decoder.mid_block.resnets[0].conv1
+    with torch.no_grad():
+        conv.weight *= 2.0**20
+    conv.register_forward_hook(lambda module, args, output: output.clamp(-6e4, 6e4))
+    with float16_arithmetic():
+        diagnosis = diagnose(tiny_pipe.to(torch.float16), "a shoe", **FAST)
+    assert (diagnosis.cause, diagnosis.stage) == ("hidden-nan", "vae")
+    assert diagnosis.module == "vae.decoder.mid_block.resnets.0.conv1"
+    assert diagnosis.evidence["made_by"] == "range-overflow"
+
+
+def test_squares_that_overflow_in_a_norm_make_zeros_and_are_found(tiny_pipe):
+    decoder = tiny_pipe.vae.decoder
+    decoder.conv_norm_out.register_forward_hook(
+        lambda module, args, output: output * (output * 1e3).pow(2).mean().rsqrt()
+    )
+    with torch.no_grad():
+        decoder.conv_out.bias.zero_()
+    with float16_arithmetic():
+        diagnosis = diagnose(tiny_pipe.to(torch.float16), "a shoe", **FAST)
+    assert (diagnosis.cause, diagnosis.op) == ("hidden-nan", "aten.pow.Tensor_Scalar")
+    assert diagnosis.module == "vae.decoder.conv_norm_out"
+    assert "rsqrt" in diagnosis.evidence["swallowed_by"]
+
+
+def raise_one_weight(pipe):
+    with torch.no_grad():
+        pipe.unet.get_submodule(CONV.removeprefix("unet.")).weight[0, 0, 0, 0] = 8e4
+    return pipe
+
+
+def test_an_overflow_in_the_cast_of_autocast_is_proved_without_it(tiny_pipe):
+    raise_one_weight(tiny_pipe)
+    with torch.autocast("cpu", torch.float16), float16_arithmetic():
+        diagnosis = diagnose(tiny_pipe, "a shoe", prove=True, **FAST)
+    assert (diagnosis.cause, diagnosis.module) == ("bad-weights", CONV)
+    assert diagnosis.proven and diagnosis.proof.startswith("without autocast")
+
+
+def test_a_weight_that_overflowed_in_its_cast_is_proved_by_loading_it_anew(tiny_pipe, tmp_path):
+    raise_one_weight(tiny_pipe).save_pretrained(tmp_path)
+    pipe = type(tiny_pipe).from_pretrained(tmp_path).to(torch.float16)
+    pipe.set_progress_bar_config(disable=True)
+    with float16_arithmetic():
+        diagnosis = diagnose(pipe, "a shoe", prove=True, **FAST)
+    assert (diagnosis.cause, diagnosis.module, diagnosis.proven) == ("bad-weights", CONV, True)
+    assert diagnosis.proof.startswith("unet loaded anew in float32")
+    assert pipe.unet.dtype is torch.float16
+
+
+def test_a_processor_without_an_answer_is_proved_by_diffusers_own(tiny_pipe):
+    tiny_pipe.unet.set_attn_processor(MathProcessor(divide_zero_by_zero))
+    before = dict(tiny_pipe.unet.attn_processors)
+    diagnosis = diagnose(tiny_pipe, "a shoe", prove=True, **FAST)
+    assert (diagnosis.cause, diagnosis.module) == ("invalid-arithmetic", ATTENTION)
+    assert diagnosis.proven and diagnosis.proof.startswith("MathProcessor replaced by SDPA")
+    assert tiny_pipe.unet.attn_processors == before
+
+
+def test_a_weight_that_is_offloaded_has_its_name(tiny_pipe):
+    raise_one_weight(tiny_pipe).unet.mid_block.resnets[0].conv1.weight.data[0, 0, 0, 0] = NAN
+    accelerate.cpu_offload(tiny_pipe.unet, execution_device=torch.device("cpu"))
+    diagnosis = diagnose(tiny_pipe, "a shoe", **FAST)
+    assert (diagnosis.cause, diagnosis.module) == ("bad-weights", CONV)
+    assert diagnosis.evidence["weights"] == [CONV + ".weight"]
+
+
+def test_what_the_code_of_decode_itself_breaks_is_put_down_to_the_vae(tiny_pipe):
+    tiny_pipe.vae.enable_tiling()
+    tiny_pipe.vae.tile_latent_min_size, tiny_pipe.vae.tile_sample_min_size = 4, 32
+    tiny_pipe.vae.blend_v = lambda a, b, extent: b / 0
+    diagnosis = diagnose(tiny_pipe, "a shoe", **FAST)
+    assert (diagnosis.stage, diagnosis.module) == ("vae", "vae")
+    assert (diagnosis.cause, diagnosis.op) == ("invalid-arithmetic", "aten.div.Tensor")

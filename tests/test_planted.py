@@ -34,9 +34,9 @@ WITHOUT_A_FAULT = {
 SILENT = ("hidden-nan", "underflow", "dark-but-valid", "safety-checker")
 
 
-def generate(pipe, pipe_kwargs):
+def generate(pipe, pipe_kwargs, prompts=("a shoe",)):
     """The images, and whether the safety checker flagged one."""
-    return draw(pipe, **pipe_kwargs)
+    return draw(pipe, prompts, **pipe_kwargs)
 
 
 def watch(pipe, look):
@@ -62,7 +62,7 @@ def watch(pipe, look):
                 attach(f"{component}.{name}".rstrip("."), module)
 
 
-def find_first_bad(pipe, pipe_kwargs):
+def find_first_bad(pipe, pipe_kwargs, prompts=("a shoe",)):
     """(stage, step, module) of the first NaN or Inf that crosses any module's border.
 
     What a module was given whole and returns, or hands to a module inside it, spoilt, it spoilt
@@ -82,7 +82,7 @@ def find_first_bad(pipe, pipe_kwargs):
             running.append(path)
 
     watch(pipe, look)
-    images, _ = generate(pipe, pipe_kwargs)
+    images, _ = generate(pipe, pipe_kwargs, prompts)
     return (found or [("none", None, None)])[0], images
 
 
@@ -135,7 +135,7 @@ LOUD = [case for case in EVERYTHING if case.cause not in SILENT]
 @parametrize(LOUD)
 def test_the_first_bad_module_is_the_named_one(case, tokenizer_folder):
     with case.build(tokenizer_folder) as (pipe, pipe_kwargs):
-        found, images = find_first_bad(pipe, pipe_kwargs)
+        found, images = find_first_bad(pipe, pipe_kwargs, case.prompts)
     assert found in accepted(case)
     assert not judge_image(images).valid
 

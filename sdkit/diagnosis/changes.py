@@ -30,14 +30,16 @@ def mended(module):
 
 
 @contextmanager
-def with_own_attention(module):
-    """One attention layer through scaled_dot_product_attention."""
-    before = module.processor
-    module.processor = AttnProcessor2_0()
+def with_own_attention(model, kind):
+    """scaled_dot_product_attention in every layer that has a processor of this class."""
+    before = dict(model.attn_processors)
+    model.set_attn_processor(
+        {n: AttnProcessor2_0() if type(p) is kind else p for n, p in before.items()}
+    )
     try:
         yield
     finally:
-        module.processor = before
+        model.set_attn_processor(before)
 
 
 @contextmanager

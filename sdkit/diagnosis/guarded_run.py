@@ -102,6 +102,11 @@ def check_pipeline(pipe):
     if not callable(pipe):
         raise ValidationError(f"pipe: {type(pipe).__name__} cannot be called.")
     scheduler = getattr(pipe, "scheduler", None)
+    if isinstance(scheduler, type):
+        raise ValidationError(
+            f"scheduler: got the class {scheduler.__name__}, expected one of its kind: "
+            f"{scheduler.__name__}.from_config(pipe.scheduler.config)."
+        )
     for method in ("set_timesteps", "step"):
         if not callable(getattr(scheduler, method, None)):
             raise ValidationError(

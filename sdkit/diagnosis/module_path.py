@@ -36,7 +36,14 @@ class ModulePath:
             for root, component in self.modules.items():
                 for name, module in component.named_modules():
                     self._follow(module, plain_path(f"{root}.{name}"), undo)
-                for method in ("encode", "decode"):  # of a VAE, which fire no hook
+            yield self
+
+    @contextmanager
+    def methods_followed(self):
+        """Follows `encode` and `decode` of a VAE too, which fire no hook."""
+        with ExitStack() as undo:
+            for root, component in self.modules.items():
+                for method in ("encode", "decode"):
                     if hasattr(component, method):
                         self._follow_method(component, method, root, undo)
             yield self

@@ -233,11 +233,14 @@ def try_without_callbacks(diagnosis) -> list[Trial]:
 def try_own_attention(pipe, diagnosis) -> list[Trial]:
     """The attention of diffusers in place of a processor that somebody else wrote."""
     path = diagnosis.module
-    module = path and find_module(pipe, path)
-    if not hasattr(module, "set_processor"):
+    processor = path and getattr(find_module(pipe, path), "processor", None)
+    model = path and getattr(pipe, path.partition(".")[0])
+    if processor is None or not hasattr(model, "attn_processors"):
         return []
-    remedy = f"Mend its processor, or give {path} diffusers' own: set_processor(AttnProcessor2_0())"
-    return [Trial(f"{path} with SDPA", partial(with_own_attention, module), f"{remedy}.")]
+    name = type(processor).__name__
+    remedy = f"Mend {name}, or give these layers AttnProcessor2_0() in its place."
+    trial = partial(with_own_attention, model, type(processor))
+    return [Trial(f"{name} replaced by SDPA", trial, remedy)]
 
 
 def try_without_hooks(pipe, diagnosis) -> list[Trial]:

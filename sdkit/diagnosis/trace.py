@@ -130,6 +130,7 @@ class OpTrace(TorchDispatchMode):
                     for name, tensor in kind():
                         self.weights.add(plain_path(f"{root}.{name}"), tensor)
             undo.enter_context(self.path.followed())
+            undo.enter_context(self.path.methods_followed())
             undo.enter_context(self)
             yield self
 

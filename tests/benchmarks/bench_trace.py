@@ -194,12 +194,14 @@ def count_named() -> list[dict]:
 
 def is_named_by_diagnose(case, folder) -> bool:
     with case.build(folder) as (pipe, pipe_kwargs):
-        found = diagnose(pipe, "a shoe", **pipe_kwargs)
+        found = diagnose(pipe, case.prompts, **pipe_kwargs)
         return found.module in {case.module, *(module for _, module in case.also)}
 
 
 def is_named_by_debugger(case, folder) -> bool:
     """The module of its last frame, which is the one it stopped at."""
+    from planting import draw
+
     with case.build(folder) as (pipe, pipe_kwargs), contextlib.redirect_stdout(io.StringIO()):
         stopped_at = []
         for name, component in find_components(pipe).items():
@@ -213,5 +215,5 @@ def is_named_by_debugger(case, folder) -> bool:
 
             debugger.create_frame = note
         with contextlib.suppress(ValueError):
-            pipe(prompt=None if "prompt_embeds" in pipe_kwargs else "a shoe", **pipe_kwargs)
+            draw(pipe, case.prompts, **pipe_kwargs)
         return stopped_at[:1] == [case.module]
