@@ -341,15 +341,15 @@ def test_an_argument_that_the_pipeline_does_not_know_is_refused(tiny_pipe, name)
         diagnose(tiny_pipe, "a", **{name: 3})
 
 
-def spoil_queries(pipe):
-    with torch.no_grad():
-        pipe.unet.get_submodule(ATTENTION.removeprefix("unet.") + ".to_q").weight[0, 0] = NAN
-
-
 def test_a_bad_weight_that_attention_takes_in_silence_is_named(tiny_pipe):
-    spoil_queries(tiny_pipe)
-    diagnosis = diagnose(tiny_pipe, "a shoe", **FAST)
-    assert (diagnosis.cause, diagnosis.module) == ("bad-weights", ATTENTION + ".to_q")
+    """The fused attention of the CPU makes numbers of a NaN where there are few keys."""
+    path = ATTENTION.replace("attn1", "attn2.to_q")
+    with torch.no_grad():
+        tiny_pipe.unet.get_submodule(path.removeprefix("unet.")).weight[0, 0] = NAN
+    embeds = torch.randn(2, 1, 4, 32, generator=torch.Generator().manual_seed(0))
+    call = {"prompt_embeds": embeds[0], "negative_prompt_embeds": embeds[1], **FAST}
+    diagnosis = diagnose(tiny_pipe, None, **call)
+    assert (diagnosis.cause, diagnosis.module) == ("bad-weights", path)
     assert "scaled_dot_product" in diagnosis.evidence["swallowed_by"]
 
 
