@@ -27,6 +27,8 @@ EXPORTS = {
     "amplify": "sdkit.precision",
     "plan_precision": "sdkit.precision",
     "predict_memory": "sdkit.precision",
+    "explore_run": "sdkit.exploration",
+    "compare_runs": "sdkit.exploration",
     "run_sweep": "sdkit.batch.sweep",
     "load_results": "sdkit.batch.results",
     "LoRAConfig": "sdkit.finetuning",

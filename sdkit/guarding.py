@@ -13,7 +13,7 @@ import weakref
 from contextlib import ExitStack, contextmanager
 from contextvars import ContextVar
 from dataclasses import replace
-from functools import partial
+from functools import partial, wraps
 from types import MethodType
 
 import torch
@@ -196,6 +196,17 @@ def _is_resting(component):
     return any(component is resting for resting in _resting.get())
 
 
+def is_compiled(component) -> bool:
+    """Whether `torch.compile` or `module.compile` is on a component or within it.
+
+    A hook inside would be traced into the graph, or refused by fullgraph.
+    """
+    return any(
+        module._compiled_call_impl is not None or type(module).__name__ == "OptimizedModule"
+        for module in component.modules()
+    )
+
+
 def after_forward(module, look, undo):
     """Calls look(args, kwargs, output) after each call of a module, until `undo` is closed.
 
@@ -220,13 +231,14 @@ def after_forward(module, look, undo):
 
 
 def after_method(vae, method, look, undo):
-    """The same for `vae.encode` or `vae.decode`, which fire no hook.
+    """The same for `vae.encode`, `vae.decode` or `scheduler.step`, which fire no hook.
 
     Hooks on the inner encoder and decoder would see single slices and tiles, would miss the
     convolutions beside them, and would be lost where the user compiled `vae.decode`.
     """
     own = vars(vae).get(method)  # a compiled method, or another guard's
 
+    @wraps(own or getattr(type(vae), method))  # pipelines ask a scheduler's step for its parameters
     def call(vae, *args, **kwargs):
         output = own(*args, **kwargs) if own else getattr(type(vae), method)(vae, *args, **kwargs)
         replacement = look(args, kwargs, output)

@@ -521,3 +521,48 @@ def test_an_interrupt_leaves_a_table_and_no_kernel(tmp_path):
     written = pd.read_csv(tmp_path / "out" / "results.csv")
     assert {"done", "waiting"} == set(written["status"]) and len(written) == 9
     assert not (tmp_path / "out" / "failed").exists()
+
+
+def test_what_is_damaged_is_told_and_made_again(tmp_path, marks):
+    notebook = write_behaving(tmp_path / "n.ipynb", marks)
+    grid, out = {"grid": {"number": [1.0, 2.0, 3.0]}}, tmp_path / "out"
+    table = run_sweep(notebook, grid, output=out, jobs=1, progress=False)
+    first, second, third = (out / path for path in table["path"])
+    (first / "run.json").write_text('{"status": "do')
+    (second / "output" / "metrics.json").write_text("[1, 2]")
+    (third / "output" / "verdicts.json").write_text('[{"question": "half"}]')
+    read = load_results(out)
+    assert list(read["status"]) == ["waiting", "done", "done"]
+    assert not read["good"].any() and "cannot be read" in read["error"][1]
+    again = run_sweep(notebook, grid, output=out, jobs=1, progress=False)
+    assert list(again["status"]) == ["done"] * 3
+    assert again["good"][0] and again["metric: half"][0] == 0.5
+    assert not again["good"][1:].any()  # a notebook's own results are not made again unasked
+    assert run_sweep(notebook, grid, output=out, jobs=1, progress=False, force=True)["good"].all()
+
+
+@pytest.mark.parametrize("text", ["", "[]", "{}", '{"runs": []}', '{"runs": [1], "varied": []}'])
+def test_a_damaged_plan_is_no_sweep(tmp_path, text):
+    (tmp_path / "sweep.json").write_text(text)
+    with pytest.raises(ValidationError, match="no sweep there"):
+        load_results(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("choice", "message"),
+    [
+        ({"grid": None}, "grid: got NoneType"),
+        ({"grid": ["x"]}, "grid: got list"),
+        ({"notebook": 3}, "notebook: got 3"),
+        ({"jobs": "2"}, "jobs='2'"),
+        ({"jobs": 1.5}, "jobs=1.5"),
+        ({"retry": True}, "retry=True"),
+        ({"timeout": "9"}, "timeout='9'"),
+    ],
+)
+def test_arguments_of_the_wrong_kind_are_refused(tmp_path, marks, choice, message):
+    notebook = write_behaving(tmp_path / "n.ipynb", marks)
+    asked = {"notebook": notebook, "grid": {"grid": {"number": [1.0]}}, **choice}
+    with pytest.raises(ValidationError, match=re.escape(message)):
+        run_sweep(asked.pop("notebook"), asked.pop("grid"), output=tmp_path / "out", **asked)
+    assert not (tmp_path / "out").exists()

@@ -99,6 +99,15 @@ def execute_run(task):
     return record["status"]
 
 
+def read_run(folder):
+    """Returns what is known of a run in its folder, or None: not there, or damaged."""
+    try:
+        record = json.loads((folder / RUN_NAME).read_text(encoding="utf-8"))
+        return record if isinstance(record["status"], str) else None
+    except (OSError, ValueError, LookupError, TypeError):
+        return None
+
+
 def _attempt(task, attempt):
     """Executes the notebook once, and returns what happened as plain values."""
     zygote = warm_zygote(task.packages)

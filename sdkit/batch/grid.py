@@ -17,6 +17,7 @@ A grid is YAML with these keys, each of which may be missing:
 
 import itertools
 import math
+import os
 import re
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -97,6 +98,11 @@ def read_grid(source):
     """
     if isinstance(source, dict):
         return _build_grid(source, "grid", {})
+    if not isinstance(source, (str, os.PathLike)) or not str(source):
+        raise ValidationError(
+            f"grid: got {type(source).__name__} {source!r:.80}, expected a YAML file, the name of "
+            f"a grid of the package, or a dict with some of {', '.join(KEYS)}."
+        )
     path = find_grid(source)
     try:
         text = path.read_text(encoding="utf-8")

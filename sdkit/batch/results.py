@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pandas as pd
 
-from sdkit.batch.execution import DONE, FAILURES, RUN_NAME, RUNS
+from sdkit.batch.execution import DONE, FAILURES, RUNS, read_run
 from sdkit.batch.plan import PLAN_NAME
 from sdkit.run_folder import METRICS_NAME, VERDICTS_NAME, replace_file
 from sdkit.validation import ValidationError
@@ -40,22 +40,20 @@ def load_results(folder):
     folder = Path(folder)
     try:
         plan = json.loads((folder / PLAN_NAME).read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+        varied, notebook = [name_column(name) for name in plan["varied"]], str(plan["notebook"])
+        names = [name_column(name) for name in plan["runs"][0]["values"]]
+        rows = [_read_row(folder, run) for run in plan["runs"]]
+    except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
         raise ValidationError(
-            f"{folder}: no sweep there ({PLAN_NAME}: {error}). Expected a folder that sdkit sweep "
-            "wrote."
+            f"{folder}: no sweep there ({PLAN_NAME}: {type(error).__name__}: {error}). Expected a "
+            "folder that sdkit sweep wrote; the same sweep, started again, writes it anew."
         ) from error
-    rows = [_read_row(folder, run) for run in plan["runs"]]
-    names = map(name_column, plan["runs"][0]["values"])
     order = ["run_id", "status", "good", *names, *LEADING]
     table = pd.DataFrame(rows)
     found = [name for name in table if name not in (*order, *TRAILING)]
     table = table[[*order, *found, *TRAILING]]
     table["failed_cell"] = table["failed_cell"].astype("Int64")
-    table.attrs = {
-        "varied": [name_column(name) for name in plan["varied"]],
-        "notebook": plan["notebook"],
-    }
+    table.attrs = {"varied": varied, "notebook": notebook}
     return table
 
 
@@ -100,16 +98,24 @@ def _read_row(folder, run):
     }  # fmt: skip
     for place in (RUNS, FAILURES):
         path = folder / place / run["run_id"]
-        if (path / RUN_NAME).is_file():
-            record = json.loads((path / RUN_NAME).read_text(encoding="utf-8"))
-            found = _read_output(path / "output") if record["status"] == DONE else {}
-            good = record["status"] == DONE and found.pop("good")
-            return {**row, **record, **found, "good": good, "path": f"{place}/{run['run_id']}"}
+        record = read_run(path)
+        if record:
+            found = _read_output(path / "output") if record["status"] == DONE else {"good": False}
+            return {**row, **record, **found, "path": f"{place}/{run['run_id']}"}
     return row
 
 
 def _read_output(output):
-    """What a notebook left: verdicts decide whether it is good, else its images, else nothing."""
+    """What a notebook left; where it cannot be read the run is not good, and says why."""
+    try:
+        return _tell_output(output)
+    except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
+        told = f"its results cannot be read ({type(error).__name__}: {error})"
+        return {"good": False, "error": told}
+
+
+def _tell_output(output):
+    """Verdicts decide whether a run is good, else its images, else nothing."""
     verdicts = _read_json(output / VERDICTS_NAME) or []
     record = _read_json(output / "record.json")
     images = record["images"] if record else []

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from tqdm.auto import tqdm
 
-from sdkit.batch.execution import ATTEMPTS, DONE, FAILURES, RUN_NAME, RUNS, Task
+from sdkit.batch.execution import ATTEMPTS, DONE, FAILURES, RUN_NAME, RUNS, Task, read_run
 from sdkit.batch.grid import BUNDLED
 from sdkit.batch.kernels import close_zygote, warm_zygote
 from sdkit.batch.lock import lock_folder
@@ -78,7 +78,7 @@ def run_sweep(
         folder = _make_folder(output or choose_folder(grid, notebook))
         with lock_folder(folder) as token:
             save_plan(plan, folder)
-            _clear(folder, plan if force else None)
+            _clear(folder, plan, force)
             tasks = [
                 Task(
                     run.run_id, run.values, plan.notebook_json, plan.notebook_folder,
@@ -154,13 +154,13 @@ def _write_results(folder):
     return table
 
 
-def _clear(folder, forget):
-    """Drops what was left half-made, and the runs of a plan that shall be run again."""
+def _clear(folder, plan, force):
+    """Drops what was left half-made or is damaged, and with `force` what is done."""
     attempts = folder / ATTEMPTS
     attempts.mkdir(exist_ok=True)
-    for run in forget.runs if forget else ():
+    for run in plan.runs:
         done = folder / RUNS / run.run_id
-        if done.is_dir():
+        if done.is_dir() and (force or read_run(done) is None):
             os.rename(done, attempts / f"{run.run_id}.{uuid.uuid4().hex[:8]}")
     shutil.rmtree(attempts, ignore_errors=True)
 
@@ -181,6 +181,8 @@ def _make_folder(output):
 
 def _find_notebook(notebook):
     """Returns the path of a notebook: a file, or one of the package by its name."""
+    if not isinstance(notebook, (str, os.PathLike)):
+        raise ValidationError(f"notebook: got {notebook!r:.80}, expected the path of a notebook.")
     bundled = BUNDLED / f"{Path(notebook).stem}.ipynb"
     is_bundled = len(Path(notebook).parts) == 1 and bundled.is_file()
     return bundled if is_bundled and not Path(notebook).exists() else Path(notebook)
@@ -193,7 +195,8 @@ def choose_folder(grid, notebook):
 
 def _check_numbers(jobs, retry, timeout):
     for name, value, least in (("jobs", jobs, 1), ("retry", retry, 0), ("timeout", timeout, 0)):
-        if value is not None and not value >= least:
+        kinds = (int, float) if name == "timeout" else (int,)
+        if value is not None and (type(value) not in kinds or not value >= least):
             raise ValidationError(f"{name}={value!r}: expected {least} or more.")
     if timeout == 0:
         raise ValidationError("timeout=0: expected seconds, or nothing for no limit.")

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from sdkit.diagnosis.cause import REFUTED_BY
 from sdkit.diagnosis.op_record import BadOp
 from sdkit.generation.record import plain
+from sdkit.validation import ValidationError
 
 COLUMNS = 100
 HEALTHY = ("healthy", "dark-but-valid")
@@ -106,6 +107,24 @@ class Diagnosis:
     def to_json(self) -> str:
         """Everything as JSON."""
         return json.dumps(plain(self.to_dict()), indent=2, ensure_ascii=False, allow_nan=False)
+
+    @classmethod
+    def from_json(cls, text) -> "Diagnosis":
+        """Returns the diagnosis that `to_json` wrote; its op cannot be run again.
+
+        Raises:
+            ValidationError: It is no such JSON.
+        """
+        try:
+            content = json.loads(text)
+            if content.pop("refuted_by") != REFUTED_BY[content["cause"]]:
+                raise ValueError("another version wrote it")
+            bad_op = content.pop("bad_op")
+            return cls(**content, bad_op=bad_op and BadOp.from_dict(bad_op))
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise ValidationError(
+                f"diagnosis: {type(error).__name__}: {error}. Expected what to_json wrote."
+            ) from error
 
 
 def show(value) -> str:

@@ -10,7 +10,7 @@ import torch
 
 from sdkit.emulate.mode import suspended
 from sdkit.finding import find_tensors
-from sdkit.guarding import find_components
+from sdkit.guarding import find_components, is_compiled
 
 
 class ModuleWatch:
@@ -75,14 +75,3 @@ def uncompiled(pipe):
                 undo.callback(setattr, module, "_compiled_call_impl", module._compiled_call_impl)
                 module._compiled_call_impl = None
         yield set(compiled)
-
-
-def is_compiled(component) -> bool:
-    """Whether `torch.compile` or `module.compile` is on a component or within it.
-
-    A hook inside would be traced into the graph, or refused by fullgraph.
-    """
-    return any(
-        module._compiled_call_impl is not None or type(module).__name__ == "OptimizedModule"
-        for module in component.modules()
-    )

@@ -40,6 +40,11 @@ class TensorSummary:
     allocated_by: str = ""
     is_ignored: bool = False
 
+    @classmethod
+    def from_dict(cls, content) -> "TensorSummary":
+        """Returns the summary of which `vars` gave this, from JSON too."""
+        return cls(**{name: tuple(v) if isinstance(v, list) else v for name, v in content.items()})
+
     @property
     def largest(self) -> float:
         """Greatest finite magnitude, 0 without one."""
@@ -141,6 +146,14 @@ class BadOp:
         for name in ("inputs", "outputs"):
             kept[name] = [vars(summary) for summary in kept[name]]
         return kept
+
+    @classmethod
+    def from_dict(cls, content) -> "BadOp":
+        """Returns what `to_dict` gave, from JSON too, without its call."""
+        kept = {name: tuple(v) if isinstance(v, list) else v for name, v in content.items()}
+        for name in ("inputs", "outputs"):
+            kept[name] = tuple(TensorSummary.from_dict(summary) for summary in kept[name])
+        return cls(**kept)
 
     def __str__(self):
         """A few lines: where, what went in, what came out."""

@@ -36,6 +36,8 @@ from sdkit.generation.record import (
 )
 from sdkit.generation.request import packs_latents
 from sdkit.generation.rescue import Rescuer
+from sdkit.generation.step_record import STEPS_NAME
+from sdkit.generation.step_recorder import StepRecorder
 from sdkit.guarding import find_components, guard
 from sdkit.validation import ValidationError, judge_image
 
@@ -51,9 +53,11 @@ class ImageRun:
         folder: Where to save, or None.
         raises: Whether the first bad image ends the run.
         rescues: Whether bad calls are made again in float32.
+        records_steps: Whether to keep what every module put out, and to save the steps.
         record: What is known before the first image.
         images: The ImageRecord of each image so far.
         seconds: (seconds, images) of each pipeline call so far.
+        steps: The StepRecord of each pipeline call so far.
     """
 
     pipe: object
@@ -62,9 +66,11 @@ class ImageRun:
     folder: Path | None
     raises: bool
     rescues: bool
+    records_steps: bool
     record: RunRecord
     images: list = field(default_factory=list)
     seconds: list = field(default_factory=list)
+    steps: list = field(default_factory=list)
 
     def __post_init__(self):
         """Prepares what listens to the warnings and what measures the memory."""
@@ -85,7 +91,10 @@ class ImageRun:
         started = self._read_clock()
         self.rescuer.begin_pipeline_call()
         try:
-            with guard(self.pipe, on_nonfinite="raise" if self.raises else "record") as report:
+            with (
+                guard(self.pipe, on_nonfinite="raise" if self.raises else "record") as report,
+                self._recording_steps(indices),
+            ):
                 output = self.pipe(**self._arguments(indices))
         except NonFiniteError as error:
             unfinished = self._describe_unfinished(indices, error.finding)
@@ -103,6 +112,23 @@ class ImageRun:
         for image in images:
             if self.raises and not image.valid:
                 raise self._failure(image)
+
+    @contextmanager
+    def _recording_steps(self, indices):
+        """Keeps the steps of one pipeline call, of one that fails too."""
+        recorder = StepRecorder(
+            self.pipe, indices, height=self.request.height, width=self.request.width,
+            with_modules=self.records_steps,
+        )  # fmt: skip
+        try:
+            with recorder.installed():
+                yield
+        finally:
+            self.steps.append(recorder.finish())
+            if self.folder and self.records_steps:
+                path = self.folder / STEPS_NAME.format(indices[0])
+                with _explain_failure_to_write(path):
+                    self.steps[-1].save(path)
 
     def save(self):
         """Writes the record of what is done so far, if there is a folder."""
@@ -125,6 +151,8 @@ class ImageRun:
         }
         return replace(
             self.record,
+            folder=self.folder,
+            steps=tuple(self.steps),
             images=tuple(self.images),
             rescue=self.rescuer.log.to_dict() if self.rescues else None,
             warnings=self.caught.count(),

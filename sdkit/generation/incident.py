@@ -10,7 +10,7 @@ Nothing personal is in it but the prompt: no path, no user, no image.
 import json
 import re
 import shutil
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 
 import diffusers
@@ -20,7 +20,7 @@ from safetensors.torch import load_file, save_file
 
 from sdkit.emulate.mode import find_settings, suspended
 from sdkit.finding import ComponentCall
-from sdkit.generation.record import plain
+from sdkit.generation.record import NOT_IN_JSON, plain
 from sdkit.validation import ValidationError
 
 INCIDENT_VERSION = 1
@@ -73,7 +73,8 @@ def save_incident(folder, *, run, image, pipe, call, call_kwargs=None) -> Path:
     partial = folder.with_name(f".{folder.name}.part")
     shutil.rmtree(partial, ignore_errors=True)
     tensors: dict[str, torch.Tensor] = {}
-    kept_run = {name: value for name, value in asdict(run).items() if name != "images"}
+    left_out = ("images", *NOT_IN_JSON)
+    kept_run = {name: value for name, value in vars(run).items() if name not in left_out}
     kept_image = {name: value for name, value in vars(image).items() if name != "pil_image"}
     content = {
         "version": INCIDENT_VERSION,

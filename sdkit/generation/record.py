@@ -4,17 +4,19 @@ import hashlib
 import json
 import math
 from collections import Counter
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 
 from PIL import Image, PngImagePlugin
 
+from sdkit.generation.step_record import STEPS_PATTERN, StepRecord
 from sdkit.run_folder import replace_file
 from sdkit.validation import ValidationError
 
 RECORD_VERSION = 3  # 1 did not name the input images
 RECORD_NAME = "record.json"
 PROVENANCE_KEY = "sdkit"
+NOT_IN_JSON = ("folder", "steps")
 
 
 @dataclass(frozen=True)
@@ -90,6 +92,9 @@ class RunRecord:
         environment: What `describe_environment` returned.
         emulated: The emulation that was active, or None. Seconds and memory mean nothing under it,
             so they are None.
+        folder: Where it lies, beside its images; None if it was not saved. Not in the JSON.
+        steps: One StepRecord a pipeline call; not in the JSON. After loading `load_steps` reads
+            those that `record_steps` had saved.
     """
 
     version: int
@@ -111,6 +116,8 @@ class RunRecord:
     rescue: dict | None
     environment: dict
     emulated: str | None
+    folder: Path | None = field(default=None, repr=False, compare=False)
+    steps: tuple[StepRecord, ...] = field(default=(), repr=False, compare=False)
 
     @property
     def valid_count(self):
@@ -148,6 +155,8 @@ class RunRecord:
         """Returns the record as JSON text; NaN cannot be in it."""
         images = [_fields_of(image, without="pil_image") for image in self.images]
         content = {**_fields_of(self), "images": images}
+        for name in NOT_IN_JSON:
+            del content[name]
         return json.dumps(content, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
 
     @classmethod
@@ -163,7 +172,7 @@ class RunRecord:
                 f"run record: version {content.get('version')!r}, expected {RECORD_VERSION}. "
                 "Read it with the sdkit that wrote it."
             )
-        content = _check_fields(content, cls, "run record")
+        content = _check_fields(content, cls, "run record", *NOT_IN_JSON)
         for name in ("images", "attention", "warnings"):
             if not isinstance(content[name], list):
                 raise ValidationError(
@@ -191,11 +200,23 @@ class RunRecord:
             ValidationError: The file cannot be read, or holds no record.
         """
         try:
-            return cls.from_json(Path(path).read_text(encoding="utf-8"))
+            record = cls.from_json(Path(path).read_text(encoding="utf-8"))
+            return replace(record, folder=Path(path).parent)
         except (OSError, UnicodeDecodeError) as error:
             raise ValidationError(f"{path}: no run record can be read there ({error}).") from error
         except ValidationError as error:
             raise ValidationError(f"{path}: {error}") from error
+
+
+def load_steps(record) -> tuple[StepRecord, ...]:
+    """The steps of a run, in memory or beside its record; none where they were not recorded.
+
+    Raises:
+        ValidationError: A file of steps is damaged.
+    """
+    if record.steps or record.folder is None:
+        return record.steps
+    return tuple(map(StepRecord.load, sorted(record.folder.glob(STEPS_PATTERN))))
 
 
 def hash_pixels(pil_image):
@@ -288,8 +309,8 @@ def _upgrade(content):
     return content
 
 
-def _check_fields(content, cls, where, without=None):
-    expected = {f.name for f in fields(cls)} - {without}
+def _check_fields(content, cls, where, *without):
+    expected = {f.name for f in fields(cls)} - set(without)
     seen = set(content) if isinstance(content, dict) else set()
     if seen != expected:
         missing, unknown = sorted(expected - seen), sorted(map(str, seen - expected))

@@ -14,6 +14,7 @@ from PIL import Image, ImageOps
 
 from sdkit.generation.incident import INCIDENT_FOLDER
 from sdkit.generation.record import RECORD_NAME, hash_pixels
+from sdkit.generation.step_record import STEPS_PATTERN
 from sdkit.run_folder import replace_file
 from sdkit.validation import ValidationError
 
@@ -186,6 +187,8 @@ def prepare_folder(output_folder, request):
         (folder / ".sdkit-trial").unlink()
         for name in [RECORD_NAME, *map(request.file_name, range(len(request)))]:
             (folder / name).unlink(missing_ok=True)
+        for path in folder.glob(STEPS_PATTERN):
+            path.unlink()
         for index in range(len(request)):
             shutil.rmtree(folder / INCIDENT_FOLDER.format(index), ignore_errors=True)
         free = shutil.disk_usage(folder).free

@@ -43,6 +43,7 @@ def generate(
     strength=0.8,
     output_folder=None,
     on_nonfinite="raise",
+    record_steps=False,
     progress=True,
     **pipe_kwargs,
 ):
@@ -66,6 +67,10 @@ def generate(
             "skip" records and drops it and goes on, within a batch as well. "rescue" makes a
             component call that came out NaN or Inf again in float32, before the scheduler has used
             it, and raises only if that does not help; the record tells what was done.
+        record_steps: Whether to keep for `explore_run` the greatest |x| and the NaN count of each
+            module at each step, and to save them with the latents after each step beside the
+            images: one small `steps_NNN.npz` a pipeline call. Without it the record holds small
+            latents, and only in memory.
         progress: Whether to show a progress bar.
         **pipe_kwargs: Handed on to the pipeline call.
 
@@ -127,6 +132,7 @@ def generate(
         folder,
         raises=on_nonfinite != "skip",
         rescues=on_nonfinite == "rescue",
+        records_steps=record_steps,
         record=record,
     )
     return _make_images(run, batch_size, progress)
