@@ -9,8 +9,8 @@ from PIL import Image
 from sdkit.exploration.network_map import NAN_COLOUR, embed
 from sdkit.figures import BAD
 
-# JupyterLab 4 takes arrow keys within an output for its own, to move between cells, and a list could
-# not be walked; Lumino leaves alone what is below this attribute. Guarded by tests/test_browser.py.
+# JupyterLab 4 takes arrow keys within an output for its own, to move between cells, and a list
+# could not be walked; Lumino leaves alone what is below this. Guarded by tests/test_browser.py.
 OURS = "this.closest('.sdkit-explorer').setAttribute('data-lm-suppress-shortcuts', 'true')"
 STYLE = f"""<style onload="{OURS}">
 .sdkit-explorer, .sdkit-explorer .widget-html-content {{ color: var(--jp-ui-font-color1, inherit);
