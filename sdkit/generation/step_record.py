@@ -15,6 +15,7 @@ from pathlib import Path
 
 import numpy as np
 
+from sdkit.guarding import TEXT_ENCODERS, VAES
 from sdkit.run_folder import replace_file
 from sdkit.validation import ValidationError
 
@@ -22,7 +23,7 @@ STEPS_VERSION = 1
 STEPS_NAME = "steps_{:03}.npz"
 STEPS_PATTERN = "steps_[0-9][0-9][0-9]*.npz"
 LATENTS_SIDE = 64  # larger latents are averaged down to this; to half where modules are not kept
-ONCE = ("text_encoder", "vae")  # components that run before or after the denoising loop
+ONCE = (*TEXT_ENCODERS, *VAES)  # components that run before or after the denoising loop
 
 
 @dataclass(frozen=True)
