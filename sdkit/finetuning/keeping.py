@@ -1,7 +1,8 @@
 """What shall be drawn as before: on some samples the base, not the noise, is the teacher.
 
-Pictures of white studios alone teach an adapter to whiten whatever is asked for. It takes a prompt
-of another kind beside each few of them, and the base's own answer to it, to tell the two apart.
+Pictures of white studios alone teach an adapter to whiten whatever is asked for. A prompt of
+another kind beside each few of them, and the base's own answer to it, tells the two apart. The
+latents are still those of the training pictures: what looks like them (grey beside white) drifts.
 """
 
 # B batch, K kept samples, C channels, h w latent, U captions, L tokens, D width
