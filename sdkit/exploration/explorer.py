@@ -121,6 +121,7 @@ class RunExplorer(View):
         has_modules = steps is not None and bool(steps.modules)
         self.map = NetworkMap.of(steps, self.dtype.value) if has_modules else None
         self.latents = steps.latents[row] if found and steps.latents is not None else None
+        self.scale = None if self.latents is None else find_scale(self.latents)
         self.reading = self._find_reading()
         self._is_filling = True
         self.step.max = self.play.max = steps.step_count - 1 if steps else 0
@@ -265,7 +266,7 @@ class RunExplorer(View):
         if step >= len(self.latents):
             return f"The run was stopped in step {step}: there are no latents after it.<br>"
         now = self.latents[step]
-        channels = draw_channels(now, find_scale(self.latents))
+        channels = draw_channels(now, self.scale)
         wide, high = channels.size
         tiles = [
             Tile(
