@@ -112,7 +112,6 @@ def test_tab_reaches_every_control(page):
     assert not view.locator(".sdkit-click input").is_visible()
 
 
-@pytest.mark.xfail(reason="JupyterLab takes ArrowDown for its cells; the list is not walked yet")
 def test_arrow_keys_walk_the_list_of_modules(page):
     view = page.locator(VIEW).first
     told = view.inner_text()

@@ -9,9 +9,13 @@ from PIL import Image
 from sdkit.exploration.network_map import NAN_COLOUR, embed
 from sdkit.figures import BAD
 
-# JupyterLab 4 takes arrow keys within an output for its own, to move between cells, and a list
-# could not be walked; Lumino leaves alone what is below this. Guarded by tests/test_browser.py.
-OURS = "this.closest('.sdkit-explorer').setAttribute('data-lm-suppress-shortcuts', 'true')"
+# JupyterLab 4 takes arrow keys of what has the focus in an output for its own, to move between
+# cells, and a list could not be walked. Lumino leaves alone what is marked, if the very element
+# that has the focus is. Guarded by tests/test_browser.py.
+OURS = (
+    "this.closest('.sdkit-explorer').addEventListener('focusin', "
+    "(event) => event.target.setAttribute('data-lm-suppress-shortcuts', 'true'))"
+)
 STYLE = f"""<style onload="{OURS}">
 .sdkit-explorer, .sdkit-explorer .widget-html-content {{ color: var(--jp-ui-font-color1, inherit);
   font-size: 13px; line-height: 1.45; height: auto; }}
