@@ -1,6 +1,7 @@
 """The views read what is stored, move with their controls, and say what they do not have."""
 
 import json
+import re
 from dataclasses import replace
 
 import numpy as np
@@ -18,6 +19,7 @@ from sdkit import (
     generate,
     measure_headroom,
 )  # fmt: skip
+from sdkit.exploration.evidence import draw_line
 from sdkit.exploration.material import make_steps
 from sdkit.exploration.network_map import NAN_COLOUR, NetworkMap
 
@@ -160,6 +162,28 @@ def test_a_diagnosis_is_read_with_its_op(diagnosis, runs):
     assert diagnosis.op in grafted.evidence.value
 
 
+def test_only_modules_are_shown_as_modules(diagnosis):
+    """Between two calls of a component it is the pipeline's own code that runs."""
+    before = ("after unet: aten.mul.Tensor", "unet.conv_in: aten.convolution.default")
+    view = explore_run(replace(diagnosis, bad_op=replace(diagnosis.bad_op, before=before)))
+    assert view.map.steps.modules == ("unet.conv_in", SPOILT)
+
+
+def test_what_was_found_in_every_image_is_told_of_its_component(runs):
+    view = explore_run(runs / "bad")
+    view.module.value = view.map.steps.modules.index("unet")
+    assert all(f"image {i}: unet" in view.evidence.value for i in (0, 1))
+
+
+def test_a_line_of_zeros_can_be_drawn():
+    """An output of zeros alone has room without end, which no picture has."""
+    steps = make_steps((), ["unet.a"], 3)
+    steps.largest[:, 0], steps.total[:] = (1, 0, 4), 1
+    line = draw_line(NetworkMap.of(steps, "float16"), 0, 0)
+    points = re.search('points="([^"]*)"', line)[1]
+    assert len(points.split()) == 3 and "inf" not in points and "nan" not in points
+
+
 def test_an_incident_shows_what_the_bad_call_was_given(runs):
     view = explore_run(runs / "bad" / "incident_000")
     assert "2048" in repr(view) or "are NaN" in repr(view)
@@ -204,6 +228,11 @@ def test_a_damaged_run_is_refused(runs, tmp_path):
     with pytest.raises(ValidationError, match="record.json"):
         explore_run(tmp_path)
     content = json.loads(text)
+    content["images"][1]["finding"] = {"component": "unet"}
+    (tmp_path / "record.json").write_text(json.dumps(content))
+    with pytest.raises(ValidationError, match="image 1: its finding lacks"):
+        explore_run(tmp_path)
+    content["images"][1]["finding"] = None
     content["images"][0]["path"] = "../../etc/passwd"
     (tmp_path / "record.json").write_text(json.dumps(content))
     assert "not kept" in explore_run(tmp_path).finished.value

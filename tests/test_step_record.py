@@ -139,7 +139,7 @@ def test_what_cannot_be_watched_is_said(tokenizer_folder):
     assert {path.partition(".")[0] for path in steps.modules} == {"unet", "vae"}
 
 
-@pytest.mark.parametrize("damage", ["cut", "text", "empty", "other", "shape"])
+@pytest.mark.parametrize("damage", ["cut", "text", "empty", "other", "shape", "told", "bytes"])
 def test_a_damaged_file_is_refused(tmp_path, damage):
     path = tmp_path / "steps_000.npz"
     zeros = np.zeros((2, 3))
@@ -154,6 +154,12 @@ def test_a_damaged_file_is_refused(tmp_path, damage):
         path.write_bytes(b"")
     elif damage == "other":
         np.savez(path, something=np.zeros(3))
+    elif damage == "told":
+        np.savez(path, told=np.array('"a word"'), **grids)
+    elif damage == "bytes":  # of the compressed data
+        content = bytearray(path.read_bytes())
+        content[50:110] = bytes(range(100, 160))
+        path.write_bytes(content)
     else:
         StepRecord(images=(0,), modules=("a",), kinds=("",), **grids).save(path)
     with pytest.raises(ValidationError, match=r"steps_000\.npz: no record of steps"):

@@ -555,7 +555,7 @@ def test_a_damaged_plan_is_no_sweep(tmp_path, text):
         ({"grid": ["x"]}, "grid: got list"),
         ({"notebook": 3}, "notebook: got 3"),
         ({"jobs": "2"}, "jobs='2'"),
-        ({"jobs": 1.5}, "jobs=1.5"),
+        ({"jobs": 1.5}, "jobs=1.5: expected a whole number, 1 or more"),
         ({"retry": True}, "retry=True"),
         ({"timeout": "9"}, "timeout='9'"),
     ],

@@ -7,6 +7,7 @@ import pytest
 import torch
 from tiny_training import make_config, make_data, spoil
 
+from sdkit import ValidationError
 from sdkit.finetuning.adapter import find_parameters
 from sdkit.finetuning.batches import draw_batch
 from sdkit.finetuning.evaluation_plots import plot_on_the_way, shorten, spread
@@ -128,10 +129,12 @@ def test_pictures_on_the_way_are_those_of_the_run(tiny_pipe, tmp_path):
     assert first.std() > 0 and (first != last).any()
     gone = dataclasses.replace(report, validation_images=report.validation_images[:1])
     assert len(plot_on_the_way(gone).axes) == 1
+    with pytest.raises(ValidationError, match="Set validation_prompts"):
+        plot_on_the_way(dataclasses.replace(report, validation_images=()))
 
 
 @pytest.mark.parametrize(
-    ("count", "chosen"), [(1, [0]), (2, [0, 5]), (8, list(range(8))), (99, list(range(8)))]
+    ("count", "chosen"), [(0, []), (1, [0]), (2, [0, 5]), (8, list(range(8))), (99, list(range(8)))]
 )
 def test_prompts_are_chosen_all_over(count, chosen):
     assert spread(range(8), count) == chosen

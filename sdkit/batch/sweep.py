@@ -195,8 +195,8 @@ def choose_folder(grid, notebook):
 
 def _check_numbers(jobs, retry, timeout):
     for name, value, least in (("jobs", jobs, 1), ("retry", retry, 0), ("timeout", timeout, 0)):
-        kinds = (int, float) if name == "timeout" else (int,)
+        kinds, what = ((int, float), "") if name == "timeout" else ((int,), "a whole number, ")
         if value is not None and (type(value) not in kinds or not value >= least):
-            raise ValidationError(f"{name}={value!r}: expected {least} or more.")
+            raise ValidationError(f"{name}={value!r}: expected {what}{least} or more.")
     if timeout == 0:
         raise ValidationError("timeout=0: expected seconds, or nothing for no limit.")

@@ -57,7 +57,8 @@ def draw_line(network_map: NetworkMap, step, module) -> str:
         x = 4 + (LINE_WIDTH - 8) * (i / (count - 1))
         return x, 4 + (LINE_HEIGHT - 8) * (1 - (value - low) / (high - low))
 
-    points = " ".join("{:.1f},{:.1f}".format(*at(i, b)) for i, b in enumerate(bits) if b == b)
+    shown = np.where(bits == np.inf, high, bits)  # of an output of zeros alone
+    points = " ".join("{:.1f},{:.1f}".format(*at(i, b)) for i, b in enumerate(shown) if b == b)
     x_step, y_limit = at(step, 0)[0], at(0, 0)[1]
     marks = "".join(
         f'<circle cx="{at(i, low)[0]:.1f}" cy="{at(i, low)[1]:.1f}" r="3" fill="{NAN_COLOUR}"/>'

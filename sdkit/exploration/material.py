@@ -140,8 +140,11 @@ def gather_record(record: RunRecord) -> Material:
     steps, notes, missing = load_steps(record), {}, []
     for image in record.images:
         if image.finding:
-            note = f"image {image.index}: {image.finding['message']}"
-            notes[image.finding["component"]] = note
+            note, owner = (
+                f"image {image.index}: {image.finding['message']}",
+                image.finding["component"],
+            )
+            notes[owner] = f"{notes[owner]}\n{note}" if owner in notes else note
     if any(found.modules for found in steps):
         missing += [text for found in steps for text in found.skipped]
     else:
@@ -226,7 +229,8 @@ def gather_diagnosis(diagnosis: Diagnosis) -> Material:
         return Material(account=f"{diagnosis.message}\n{text}", missing=(NO_MAP, NO_LATENTS))
     bad, step = diagnosis.bad_op, diagnosis.step or 0
     before = [entry.partition(":")[0] for entry in bad.before] if bad else []
-    modules = [m for m in dict.fromkeys(before) if m and m != diagnosis.module]
+    ran = [m for m in before if not m.startswith("after ")]  # else the pipeline's own code
+    modules = [m for m in dict.fromkeys(ran) if m != diagnosis.module]
     steps = make_steps((), [*modules, diagnosis.module], step + 1)
     for output in bad.outputs if bad else ():
         steps.nan_count[step, -1] += output.nan_count

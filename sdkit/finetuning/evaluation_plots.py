@@ -7,6 +7,7 @@ from PIL import Image
 
 from sdkit.figures import plot_images
 from sdkit.generation import RunRecord
+from sdkit.validation import ValidationError
 
 
 def plot_before_after(evaluation, *, learnt=4, kept=4, heading="Before and after"):
@@ -44,8 +45,15 @@ def plot_on_the_way(report, *, prompt=0):
 
     Returns:
         A new Figure, already closed: return it from a cell to see it, or save it.
+
+    Raises:
+        ValidationError: It had none.
     """
     folders = [Path(report.run_folder) / name for name in report.validation_images]
+    if not folders:
+        raise ValidationError(
+            "report: it drew nothing on the way. Set validation_prompts, and train again."
+        )
     images = [RunRecord.load(folder / "record.json").images[prompt] for folder in folders]
     return plot_images(
         [
@@ -66,8 +74,8 @@ def spread(items, count):
     it takes each in turn, where an even stride would take one colour alone.
     """
     total = len(items)
-    if count >= total:
-        return list(items)
+    if not 0 < count < total:
+        return list(items)[: max(count, 0)]
     stride = next(s for s in range(total // count, 2 * total) if math.gcd(s, total) == 1)
     return [items[index] for index in sorted(place * stride % total for place in range(count))]
 

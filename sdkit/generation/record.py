@@ -17,6 +17,7 @@ RECORD_VERSION = 3  # 1 did not name the input images
 RECORD_NAME = "record.json"
 PROVENANCE_KEY = "sdkit"
 NOT_IN_JSON = ("folder", "steps")
+FINDING_KEYS = {"component", "step", "nan_count", "inf_count", "total", "message"}
 
 
 @dataclass(frozen=True)
@@ -179,6 +180,8 @@ class RunRecord:
                     f"run record: {name} is no list. Expected what to_json wrote."
                 )
             content[name] = tuple(content[name])
+        for i, image in enumerate(content["images"]):
+            _check_finding(image, f"run record: image {i}")
         content["images"] = tuple(
             ImageRecord(**_check_fields(image, ImageRecord, f"run record: image {i}", "pil_image"))
             for i, image in enumerate(content["images"])
@@ -307,6 +310,16 @@ def _upgrade(content):
     if content.get("version") == 2:
         content.update(version=RECORD_VERSION, rescue=None)
     return content
+
+
+def _check_finding(image, where):
+    """Refuses a finding without what is read of it; other versions may know more of it."""
+    finding = image.get("finding") if isinstance(image, dict) else None
+    if finding is not None and not (isinstance(finding, dict) and finding.keys() >= FINDING_KEYS):
+        raise ValidationError(
+            f"{where}: its finding lacks some of {', '.join(sorted(FINDING_KEYS))}. Expected what "
+            "to_json wrote."
+        )
 
 
 def _check_fields(content, cls, where, *without):
