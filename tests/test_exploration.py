@@ -169,6 +169,18 @@ def test_only_modules_are_shown_as_modules(diagnosis):
     assert view.map.steps.modules == ("unet.conv_in", SPOILT)
 
 
+def test_an_op_that_no_module_ran_is_told_all_the_same(diagnosis):
+    outside = replace(
+        diagnosis, module=None, bad_op=replace(diagnosis.bad_op, module="", after="unet")
+    )
+    assert str(outside.bad_op.outputs[0]) in explore_run(outside).told.value
+
+
+def test_another_run_is_no_diagnosis(runs):
+    with pytest.raises(ValidationError, match="diagnosis: got a RunRecord, expected"):
+        explore_run(runs / "bad", diagnosis=runs / "good")
+
+
 def test_what_was_found_in_every_image_is_told_of_its_component(runs):
     view = explore_run(runs / "bad")
     view.module.value = view.map.steps.modules.index("unet")

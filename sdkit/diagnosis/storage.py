@@ -49,6 +49,10 @@ class WeightNames:
         exact = tuple(name for *span, name in places if span == [first, end])
         return exact or tuple(name for low, high, name in places if low < end and first < high)
 
+    def find_all(self, tensors) -> dict[str, tuple[str, ...]]:
+        """{argument: names of the weights that it is or holds}, of {argument: tensor}."""
+        return {n: names for n, t in tensors.items() if (names := self.find(t))}
+
     def find_bad(self, names, dtype) -> tuple[str, ...]:
         """Which of these hold NaN or Inf, or would after a cast to a dtype."""
 

@@ -145,7 +145,7 @@ class OpTrace(TorchDispatchMode):
         ignored = find_ignored(func, named)
         tensors = dict(name_tensors(named))
         places = {name: storage_of(tensor) for name, tensor in tensors.items()}
-        weights = self._find_weights(tensors)
+        weights = self.weights.find_all(tensors)
         kept = keep_overwritten(func, args, kwargs, ignored)
         result = func(*args, **kwargs)
         with suspended():
@@ -215,11 +215,7 @@ class OpTrace(TorchDispatchMode):
             for name, tensor in kind(recurse=False):
                 if not tensor.is_meta and not self.weights.find(tensor):
                     self.weights.add(f"{path}.{name}", tensor)
-        return replace(call, weights=self._find_weights(dict(name_tensors(call.named))))
-
-    def _find_weights(self, tensors):
-        """{argument: names of the weights that it is or holds}."""
-        return {n: names for n, t in tensors.items() if (names := self.weights.find(t))}
+        return replace(call, weights=self.weights.find_all(dict(name_tensors(call.named))))
 
     def _note_finite(self, call):
         """Remembers which memory holds nothing but what was seen to be finite."""
@@ -315,9 +311,7 @@ class OpTrace(TorchDispatchMode):
                     name,
                     tensor,
                     weights=self._name_weights(call, name),
-                    allocated_by=self.undefined.get(call.places[name], "")
-                    if name in call.undefined
-                    else "",
+                    allocated_by=self.undefined.get(call.places[name], ""),
                     is_ignored=name.partition("[")[0] in call.ignored,
                 )
                 for name, tensor in name_tensors(call.named)

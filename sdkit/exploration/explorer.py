@@ -10,6 +10,7 @@ from dataclasses import replace
 import ipywidgets
 import numpy as np
 
+from sdkit.diagnosis.diagnosis import Diagnosis
 from sdkit.exploration.evidence import tell_evidence
 from sdkit.exploration.latent_picture import (
     draw_channels,
@@ -17,9 +18,10 @@ from sdkit.exploration.latent_picture import (
     find_scale,
     fit_reading,
 )
-from sdkit.exploration.material import NO_MAP, Material, gather
+from sdkit.exploration.material import NO_MAP, Material, gather, read
 from sdkit.exploration.network_map import NetworkMap, make_legend
 from sdkit.exploration.view import Tile, View, make_style
+from sdkit.validation import ValidationError
 
 SIDE = 190  # pixels of a picture
 MAP_HEIGHT = 330
@@ -42,10 +44,16 @@ def explore_run(source, *, diagnosis=None):
         code as well; its text form tells the run.
 
     Raises:
-        ValidationError: A source that is none of these, or is damaged.
+        ValidationError: A source that is none of these, or is damaged; a diagnosis that is none.
     """
     material = gather(source)
     if diagnosis is not None:
+        diagnosis = read(diagnosis)
+        if not isinstance(diagnosis, Diagnosis):
+            raise ValidationError(
+                f"diagnosis: got a {type(diagnosis).__name__}, expected the Diagnosis of the same "
+                "run, or its JSON. To see two runs use compare_runs."
+            )
         material = join(material, gather(diagnosis))
     return RunExplorer(material)
 

@@ -224,10 +224,10 @@ def open_picture(folder, name):
 
 def gather_diagnosis(diagnosis: Diagnosis) -> Material:
     """The op with what it was given and what it made, and the modules that ran before it."""
-    text = str(diagnosis)
-    if diagnosis.module is None:
+    text, bad, step = str(diagnosis), diagnosis.bad_op, diagnosis.step or 0
+    if diagnosis.module is None:  # so there is no module to choose, at which the op would be told
+        text = f"{text}\n\n{bad}" if bad else text
         return Material(account=f"{diagnosis.message}\n{text}", missing=(NO_MAP, NO_LATENTS))
-    bad, step = diagnosis.bad_op, diagnosis.step or 0
     before = [entry.partition(":")[0] for entry in bad.before] if bad else []
     ran = [m for m in before if not m.startswith("after ")]  # else the pipeline's own code
     modules = [m for m in dict.fromkeys(ran) if m != diagnosis.module]

@@ -24,6 +24,8 @@ def keyed_generator(*key) -> torch.Generator:
 def keyed_dropout(device, *key):
     """Lets dropout draw by a key too, from torch's own generators: they come back as they were.
 
+    All but that of MPS, which `fork_rng` does not keep: it goes on from the key.
+
     Args:
         device: Where the model is.
         key: As of `keyed_generator`.
