@@ -162,6 +162,15 @@ def test_a_diagnosis_is_read_with_its_op(diagnosis, runs):
     assert diagnosis.op in grafted.evidence.value
 
 
+@pytest.mark.parametrize(
+    ("name", "value"), [("step", "2"), ("step", -1), ("module", 3), ("evidence", [])]
+)
+def test_a_damaged_diagnosis_is_refused(diagnosis, name, value):
+    content = json.loads(diagnosis.to_json()) | {name: value}
+    with pytest.raises(ValidationError, match=f"{name} is .*Expected what to_json wrote"):
+        explore_run(json.dumps(content))
+
+
 def test_only_modules_are_shown_as_modules(diagnosis):
     """Between two calls of a component it is the pipeline's own code that runs."""
     before = ("after unet: aten.mul.Tensor", "unet.conv_in: aten.convolution.default")
@@ -225,7 +234,20 @@ def test_a_run_in_memory_shows_its_latents(tiny_pipe):
 
 
 @pytest.mark.parametrize(
-    "source", [None, 3, [], {}, "", "no/such/path", b"x", "{}", "{", '{"cause": 1, "stage": 2}']
+    "source",
+    [
+        None,
+        3,
+        [],
+        {},
+        "",
+        "no/such/path",
+        b"x",
+        "{}",
+        "{",
+        '{"ops": [], "overflowing_weights": {}}',
+        '{"cause": 1, "stage": 2}',
+    ],
 )
 def test_what_is_no_run_is_refused(source, tmp_path):
     with pytest.raises(ValidationError, match=r"(?i)expected"):

@@ -10,6 +10,9 @@ from sdkit.generation.record import plain
 from sdkit.validation import ValidationError
 
 COLUMNS = 100
+KINDS = {  # of what is read of a diagnosis from JSON
+    "stage": str, "step": int | None, "module": str | None, "op": str | None, "evidence": dict,
+}  # fmt: skip
 HEALTHY = ("healthy", "dark-but-valid")
 
 
@@ -119,6 +122,11 @@ class Diagnosis:
             content = json.loads(text)
             if content.pop("refuted_by") != REFUTED_BY[content["cause"]]:
                 raise ValueError("another version wrote it")
+            for name, kinds in KINDS.items():
+                if not isinstance(content[name], kinds):
+                    raise TypeError(f"{name} is {content[name]!r:.60}")
+            if (content["step"] or 0) < 0:
+                raise ValueError(f"step is {content['step']}")
             bad_op = content.pop("bad_op")
             return cls(**content, bad_op=bad_op and BadOp.from_dict(bad_op))
         except (ValueError, KeyError, TypeError, AttributeError) as error:

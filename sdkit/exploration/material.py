@@ -130,8 +130,12 @@ def read_json(text, where):
             return Diagnosis.from_json(text)
         if {"ops", "overflowing_weights"} <= keys:
             return Headroom.from_json(text)
-    except (KeyError, TypeError, AttributeError, ValidationError) as error:
+    except ValidationError as error:
         raise ValidationError(f"{where}: {error}") from error
+    except (LookupError, TypeError, ValueError, AttributeError) as error:
+        raise ValidationError(
+            f"{where}: damaged ({error!r}). Expected what to_json wrote."
+        ) from error
     raise ValidationError(f"{where}: is another kind of JSON. {EXPECTED}")
 
 
