@@ -78,7 +78,12 @@ def score():
     return max((s for s in scores if s.module.startswith("unet")), key=lambda s: s.unscaled)
 
 
-@pytest.mark.parametrize("hypothesis", HYPOTHESES, ids=lambda hypothesis: hypothesis.name)
+@pytest.mark.parametrize(
+    "hypothesis",
+    # All of them are planted by notebook 01, too, and its check cell judges them as this does.
+    [HYPOTHESES[0], *(pytest.param(one, marks=pytest.mark.slow) for one in HYPOTHESES[1:])],
+    ids=lambda hypothesis: hypothesis.name,
+)
 def test_what_is_planted_gives_what_it_predicts_and_is_all_that_survives(hypothesis, score):
     cells = run_trials("mini", PROMPT, hypothesis=hypothesis, score=score, backend="cpu", **SMALL)
     outcomes = {name: cell.outcome for name, cell in cells.items()}
