@@ -17,14 +17,16 @@ def save_reading(notebook_path, path, title=None):
     nbconvert's own full templates ask servers for MathJax and RequireJS; its body does not.
     """
     from nbconvert import HTMLExporter
+    from traitlets.config import Config
 
     # In a kernel its remarks on missing alternative texts would be printed for every run.
     quiet = logging.getLogger("sdkit.batch.reading")
-    exporter = HTMLExporter(template_name="basic", log=quiet)
     # A page has no kernel: of a widget it shows the still form that comes with it.
-    exporter.display_data_priority = [
-        kind for kind in exporter.display_data_priority if "widget" not in kind
-    ]
+    kinds = HTMLExporter().default_config["NbConvertBase"]["display_data_priority"]
+    still = Config({"NbConvertBase": {"display_data_priority": [
+        kind for kind in kinds if "widget" not in kind
+    ]}})  # fmt: skip
+    exporter = HTMLExporter(template_name="basic", log=quiet, config=still)
     body, _ = exporter.from_filename(str(notebook_path))
     title = html.escape(title or Path(notebook_path).parent.name)
     with replace_file(path) as temporary:
