@@ -83,7 +83,7 @@ def plan_precision(
             reference = draw()
             float32_weight_bytes = count_bytes(pipe)
         check_reference(reference)
-        healthy_db = measure_healthy_db(pipe, draw, reference, DTYPES[dtype], GRIDS)
+        healthy_db = measure_healthy_db(pipe, draw, reference, DTYPES[dtype])
         if tolerance_db < 0:
             raise ValidationError(
                 f"tolerance_db={tolerance_db}: rounding to {dtype} alone leaves {healthy_db:.1f}"
@@ -134,7 +134,7 @@ def plan_precision(
     )
 
 
-def measure_healthy_db(pipe, draw, reference, dtype, grids) -> float:
+def measure_healthy_db(pipe, draw, reference, dtype, grids=GRIDS) -> float:
     """The least that rounding to the dtype's significand leaves, on some grids, range unlimited.
 
     How near to the reference one rounding comes is half chance, so one would be a bad measure.
