@@ -10,11 +10,11 @@ from sdkit.finetuning.keeping import add_kept_prompts, without_adapter
 from sdkit.finetuning.training import train_lora
 from sdkit.finetuning.training_run import begin_run
 
-KEPT = ("a cat on grass", "")
+KEEPING = {"kept_prompts": ("a cat on grass", ""), "validation_inference_steps": 2}
 
 
 def begin(folder, pipe, **changes):
-    config = make_config(folder, kept_prompts=KEPT, **{"kept_share": 0.5, **changes})
+    config = make_config(folder, **KEEPING, **{"kept_share": 0.5, **changes})
     run, _ = begin_run(config, pipe=pipe, data=make_data(pipe), progress=False)
     return run
 
@@ -30,7 +30,10 @@ def predict(unet, batch):
 
 def test_kept_prompts_have_rows_of_their_own_after_those_of_the_images(tiny_pipe):
     train, _ = make_data(tiny_pipe)
-    kept = add_kept_prompts(tiny_pipe, train, KEPT)
+    kept = add_kept_prompts(tiny_pipe, train, make_config("unused", **KEEPING))
+    assert kept.kept_latents.shape == (2, 1, 4, 8, 8)
+    again = add_kept_prompts(tiny_pipe, train, make_config("unused", **KEEPING))
+    assert torch.equal(again.kept_latents, kept.kept_latents)  # so that a run resumes exactly
     assert kept.kept_rows == (len(CAPTIONS), len(CAPTIONS) + 1)
     assert torch.equal(kept.prompt_embeds[-1], kept.prompt_embeds[0])  # "" is what row 0 has
     assert torch.equal(kept.prompt_embeds[: len(CAPTIONS)], train.prompt_embeds)
@@ -43,9 +46,13 @@ def test_so_many_samples_are_kept_and_nothing_else_is_drawn_anew(tiny_pipe, tmp_
     marks = []
     for step in range(60):
         batch, without = draw(run, step), draw_batch(plain, run.config, 1000, step)
-        for name in ("latents", "noise", "timesteps"):
-            assert torch.equal(getattr(batch, name), getattr(without, name))
         own = ~batch.is_kept
+        for name in ("noise", "timesteps"):
+            assert torch.equal(getattr(batch, name), getattr(without, name))
+        assert torch.equal(batch.latents[own], without.latents[own])
+        for latents, embeds in zip(batch.latents[~own], batch.prompt_embeds[~own], strict=True):
+            place = [torch.equal(embeds, row) for row in run.train.prompt_embeds[4:]].index(True)
+            assert any(torch.equal(latents, one) for one in run.train.kept_latents[place])
         assert torch.equal(batch.prompt_embeds[own], without.prompt_embeds[own])
         marks.append(batch.is_kept)
     share = torch.cat(marks).float().mean()
@@ -87,10 +94,10 @@ def test_what_is_kept_drifts_less(tokenizer_folder, tmp_path):
     for share in (0.0, 0.5):
         pipe = build_tiny_pipe(tokenizer_folder)
         train, _ = make_data(pipe)
-        row = add_kept_prompts(pipe, train, KEPT).kept_rows[0]
-        input_ids = add_kept_prompts(pipe, train, KEPT).input_ids[row].repeat(4, 1)
+        kept = add_kept_prompts(pipe, train, make_config("unused", **KEEPING))
+        input_ids = kept.input_ids[kept.kept_rows[0]].repeat(4, 1)
         config = make_config(
-            tmp_path / str(share), kept_prompts=KEPT, kept_share=share, max_train_steps=30,
+            tmp_path / str(share), **KEEPING, kept_share=share, max_train_steps=12,
             learning_rate=1e-2, validation_steps=None, targets="attention,text_encoder",
         )  # fmt: skip
         before = predict_prompt(pipe, input_ids)

@@ -1,11 +1,14 @@
 """The notebooks run through papermill, take the promised parameters, are stored without outputs."""
 
 import json
+from pathlib import Path
 
 import nbformat
 import papermill
 import pytest
 
+from sdkit import LoRAConfig
+from sdkit.batch.parameters import read_parameters
 from sdkit.demo import find_notebooks, format_table, run_demo
 
 NOTEBOOKS = find_notebooks()
@@ -14,15 +17,34 @@ PARAMETERS = {
     "guidance_scale", "image_size", "output_folder",
 }  # fmt: skip
 OTHER_PARAMETERS = {
+    "03_train_lora": PARAMETERS - {"dtype", "attention"}
+    | {
+        "dataset",
+        "targets",
+        "rank",
+        "alpha",
+        "learning_rate",
+        "max_train_steps",
+        "train_batch_size",
+        "gradient_accumulation_steps",
+        "noise_offset",
+        "kept_prompts",
+        "kept_share",
+        "pictures",
+    },
     "04_compare_runs": PARAMETERS - {"dtype", "attention"} | {"sweep_folder", "jobs"},
 }
-SMALL = {"num_inference_steps": 3, "image_size": 64}
+SMALL = {
+    "num_inference_steps": 3, "image_size": 64,
+    "max_train_steps": 3, "train_batch_size": 1, "pictures": 2,  # of 03 alone
+}  # fmt: skip
 
 
 def test_there_are_notebooks():
     assert [path.stem for path in NOTEBOOKS] == [
         "01_diagnose_black_images",
         "02_fix_precision",
+        "03_train_lora",
         "04_compare_runs",
     ]
 
@@ -45,6 +67,16 @@ def test_stored_form(path):
     assert not [word for cell in code for word in forbidden if word in cell.source]
 
 
+def test_the_notebook_and_the_light_one_train_as_the_preset_does():
+    preset = LoRAConfig.load("studio_white").to_dict()
+    for folder, name in (("notebooks", "03_train_lora"), ("sdkit/grids", "train_adapter")):
+        path = Path(__file__).parent.parent / folder / f"{name}.ipynb"
+        parameters = read_parameters(nbformat.read(path, as_version=4), name)
+        shared = (parameters.keys() & preset.keys()) - {"output_folder"}
+        assert len(shared) >= 12
+        assert {key: parameters[key].default for key in shared} == {k: preset[k] for k in shared}
+
+
 @pytest.mark.notebook
 def test_demo_runs_the_notebooks_and_tells_the_story(tmp_path):
     runs = run_demo(tmp_path, parameters=SMALL)
@@ -59,6 +91,7 @@ def test_demo_runs_the_notebooks_and_tells_the_story(tmp_path):
     for run in runs:
         assert (tmp_path / f"{run.name}.ipynb").exists()
         assert (tmp_path / f"{run.name}.html").exists()
+    assert "to the last bit" in table and "the same first losses" in table
     record = json.loads((tmp_path / "02_fix_precision" / "reference" / "record.json").read_text())
     assert record["complete"] is True
     assert not list(tmp_path.glob("*.partial"))

@@ -43,6 +43,7 @@ class EncodedDataset:
         scaling_factor: The VAE's.
         shift_factor: The VAE's; 0 if it has none.
         kept_rows: Rows of prompts that belong to no image, see `add_kept_prompts`.
+        kept_latents: (prompts, pictures, C, h, w) float32, scaled: what the base draws of them.
     """
 
     names: tuple
@@ -58,6 +59,7 @@ class EncodedDataset:
     scaling_factor: float
     shift_factor: float = 0.0
     kept_rows: tuple = ()
+    kept_latents: torch.Tensor | None = None
 
     def __len__(self):
         """How many images there are."""

@@ -1,8 +1,9 @@
 """What shall be drawn as before: on some samples the base, not the noise, is the teacher.
 
 Pictures of white studios alone teach an adapter to whiten whatever is asked for. A prompt of
-another kind beside each few of them, and the base's own answer to it, tells the two apart. The
-latents are still those of the training pictures: what looks like them (grey beside white) drifts.
+another kind beside each few of them, on a picture that the base draws of it, and the base's own
+answer to that as the target, tell the two apart. On the training pictures alone they would not: a
+grey background would turn white, for latents that look grey would be met by nobody.
 """
 
 # B batch, K kept samples, C channels, h w latent, U captions, L tokens, D width
@@ -11,19 +12,25 @@ from contextlib import contextmanager
 from dataclasses import replace
 
 import torch
+from tqdm.auto import tqdm
 
+from sdkit.finetuning.keyed_random import keyed_generator
 from sdkit.validation import check_finite
+
+KEPT_PICTURES = 1  # of each prompt; more prompts tell more than more pictures of one
 
 
 @torch.no_grad()
-def add_kept_prompts(pipe, encoded, prompts):
-    """Returns an EncodedDataset with prompts that belong to no image in rows of their own.
+def add_kept_prompts(pipe, encoded, config, *, progress=True):
+    """Returns an EncodedDataset with prompts that belong to no image, and what the base draws.
 
     Args:
         pipe: Before it has an adapter.
         encoded: The EncodedDataset of the images.
-        prompts: What shall be drawn as before; an empty text is the unconditional prompt.
+        config: Of the training: its kept prompts, seed, and steps and guidance of pictures.
+        progress: Whether to show a progress bar.
     """
+    prompts = config.kept_prompts
     input_ids = pipe.tokenizer(
         list(prompts), padding="max_length", truncation=True, return_tensors="pt",
         max_length=encoded.input_ids.shape[1],
@@ -38,7 +45,32 @@ def add_kept_prompts(pipe, encoded, prompts):
         input_ids=torch.cat([encoded.input_ids, input_ids]),
         prompt_embeds=torch.cat([encoded.prompt_embeds, prompt_embeds]),
         kept_rows=tuple(range(first, first + len(input_ids))),
+        kept_latents=draw_kept(
+            pipe, config, tuple(encoded.latent_mean.shape[1:]), progress=progress
+        ),
     )
+
+
+@torch.no_grad()
+def draw_kept(pipe, config, shape, *, progress=True) -> torch.Tensor:
+    """Returns latents that the base draws of kept prompts: (prompts, pictures, C, h, w), scaled."""
+    drawn = []
+    with without_progress_bar(pipe):
+        for prompt in tqdm(
+            config.kept_prompts, "kept prompts", unit="prompt", disable=not progress
+        ):
+            noises = [
+                torch.randn(1, *shape, generator=keyed_generator(config.seed, "kept", prompt, i))
+                for i in range(KEPT_PICTURES)
+            ]
+            drawn.append(
+                pipe(
+                    [prompt] * KEPT_PICTURES, latents=torch.cat(noises).to(pipe.device),
+                    num_inference_steps=config.validation_inference_steps,
+                    guidance_scale=config.validation_guidance_scale, output_type="latent",
+                ).images.float().cpu()
+            )  # fmt: skip
+    return check_finite(torch.stack(drawn), "latents of kept_prompts")
 
 
 @torch.no_grad()
@@ -54,7 +86,7 @@ def keep_base(unet, batch, noisy_latents, target):
 
     References:
         Ruiz et al. 2023, DreamBooth, arXiv 2208.12242, section 3.3: prior preservation. There the
-        base draws pictures first; here it is asked at each step, so none is needed.
+        noise is the target; here it is the base's prediction, which is less noisy.
     """
     kept = batch.is_kept
     if kept is None or not kept.any():
@@ -77,3 +109,14 @@ def without_adapter(unet):
         yield
     finally:
         unet.enable_adapters()
+
+
+@contextmanager
+def without_progress_bar(pipe):
+    """Inside, a pipeline draws no bar of its own."""
+    own = getattr(pipe, "_progress_bar_config", None)
+    pipe.set_progress_bar_config(**{**(own or {}), "disable": True})
+    try:
+        yield
+    finally:
+        pipe._progress_bar_config = own or {}  # where there was none, diffusers sets {} itself

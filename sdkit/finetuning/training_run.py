@@ -156,7 +156,7 @@ def begin_run(
         *data, found = load_data(pipe, config, accelerator, progress)
     train, (validation, left_out) = data[0], leave_out_bad(data[1])
     if config.kept_prompts:
-        train = add_kept_prompts(pipe, train, config.kept_prompts)
+        train = add_kept_prompts(pipe, train, config, progress=progress)
     notices = [*notices, *found, *left_out, *_check_size(train, config, accelerator)]
     identity = {
         "base_sample": sample_weights(pipe.unet),
