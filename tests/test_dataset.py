@@ -14,7 +14,7 @@ from sdkit import ImageCaptionDataset, ValidationError
 from sdkit.finetuning.dataset_report import DatasetReport
 from sdkit.mini.catalogue import COLOURS
 
-PHOTOGRAPHS = Path("/work/shared/data/casual_shoes")
+PHOTOGRAPHS = Path(__file__).parents[2] / "shared" / "data" / "casual_shoes"
 
 
 def read(folder, **options):

@@ -2,8 +2,8 @@
 
 Pictures of white studios alone teach an adapter to whiten whatever is asked for. A prompt of
 another kind beside each few of them, on a picture that the base draws of it, and the base's own
-answer to that as the target, tell the two apart. On the training pictures alone they would not: a
-grey background would turn white, for latents that look grey would be met by nobody.
+answer to that as the target, tell the two apart, where the base's text encoder does: to the bundled
+model a grey background and a white studio are nearly one phrase, and grey turns white.
 """
 
 # B batch, K kept samples, C channels, h w latent, U captions, L tokens, D width
