@@ -9,6 +9,7 @@ from sdkit.finetuning.batches import draw_batch
 from sdkit.finetuning.keeping import add_kept_prompts, without_adapter
 from sdkit.finetuning.training import train_lora
 from sdkit.finetuning.training_run import begin_run
+from sdkit.validation import ValidationError
 
 KEEPING = {"kept_prompts": ("a cat on grass", ""), "validation_inference_steps": 2}
 
@@ -31,13 +32,27 @@ def predict(unet, batch):
 def test_kept_prompts_have_rows_of_their_own_after_those_of_the_images(tiny_pipe):
     train, _ = make_data(tiny_pipe)
     kept = add_kept_prompts(tiny_pipe, train, make_config("unused", **KEEPING))
-    assert kept.kept_latents.shape == (2, 1, 4, 8, 8)
+    assert kept.kept_latents.shape == (2, 4, 8, 8)
     again = add_kept_prompts(tiny_pipe, train, make_config("unused", **KEEPING))
     assert torch.equal(again.kept_latents, kept.kept_latents)  # so that a run resumes exactly
     assert kept.kept_rows == (len(CAPTIONS), len(CAPTIONS) + 1)
     assert torch.equal(kept.prompt_embeds[-1], kept.prompt_embeds[0])  # "" is what row 0 has
     assert torch.equal(kept.prompt_embeds[: len(CAPTIONS)], train.prompt_embeds)
     assert kept.names == train.names and len(kept) == len(train)
+
+
+def test_a_prompt_that_comes_twice_is_drawn_twice(tiny_pipe):
+    twice = make_config("unused", **KEEPING | {"kept_prompts": ("", "")})
+    first, second = add_kept_prompts(tiny_pipe, make_data(tiny_pipe)[0], twice).kept_latents
+    assert not torch.equal(first, second)
+
+
+def test_data_that_has_them_is_taken_and_that_of_others_refused(tiny_pipe):
+    config = make_config("unused", **KEEPING)
+    kept = add_kept_prompts(tiny_pipe, make_data(tiny_pipe)[0], config)
+    assert add_kept_prompts(tiny_pipe, kept, config) is kept
+    with pytest.raises(ValidationError, match="not those of the configuration"):
+        add_kept_prompts(tiny_pipe, kept, config.replace(kept_prompts=("a dog", "")))
 
 
 def test_so_many_samples_are_kept_and_nothing_else_is_drawn_anew(tiny_pipe, tmp_path):
@@ -52,7 +67,7 @@ def test_so_many_samples_are_kept_and_nothing_else_is_drawn_anew(tiny_pipe, tmp_
         assert torch.equal(batch.latents[own], without.latents[own])
         for latents, embeds in zip(batch.latents[~own], batch.prompt_embeds[~own], strict=True):
             place = [torch.equal(embeds, row) for row in run.train.prompt_embeds[4:]].index(True)
-            assert any(torch.equal(latents, one) for one in run.train.kept_latents[place])
+            assert torch.equal(latents, run.train.kept_latents[place])
         assert torch.equal(batch.prompt_embeds[own], without.prompt_embeds[own])
         marks.append(batch.is_kept)
     share = torch.cat(marks).float().mean()

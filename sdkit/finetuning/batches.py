@@ -143,8 +143,7 @@ def draw_sample(
     if encoded.kept_rows and float(torch.rand((), generator=generator)) < kept_share:
         which = int(torch.randint(len(encoded.kept_rows), (), generator=generator))
         caption = encoded.kept_rows[which]
-        drawn = encoded.kept_latents[which]
-        latents = drawn[int(torch.randint(len(drawn), (), generator=generator))][None]
+        latents = encoded.kept_latents[which][None]
     return latents, noise, timestep, caption
 
 

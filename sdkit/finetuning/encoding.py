@@ -43,7 +43,7 @@ class EncodedDataset:
         scaling_factor: The VAE's.
         shift_factor: The VAE's; 0 if it has none.
         kept_rows: Rows of prompts that belong to no image, see `add_kept_prompts`.
-        kept_latents: (prompts, pictures, C, h, w) float32, scaled: what the base draws of them.
+        kept_latents: (prompts, C, h, w) float32, scaled: what the base draws of them.
     """
 
     names: tuple

@@ -15,26 +15,36 @@ import torch
 from tqdm.auto import tqdm
 
 from sdkit.finetuning.keyed_random import keyed_generator
-from sdkit.validation import check_finite
-
-KEPT_PICTURES = 1  # of each prompt; more prompts tell more than more pictures of one
+from sdkit.validation import ValidationError, check_finite
 
 
 @torch.no_grad()
 def add_kept_prompts(pipe, encoded, config, *, progress=True):
     """Returns an EncodedDataset with prompts that belong to no image, and what the base draws.
 
+    One that has them already is returned as it is.
+
     Args:
         pipe: Before it has an adapter.
         encoded: The EncodedDataset of the images.
         config: Of the training: its kept prompts, seed, and steps and guidance of pictures.
         progress: Whether to show a progress bar.
+
+    Raises:
+        ValidationError: It has others.
     """
     prompts = config.kept_prompts
     input_ids = pipe.tokenizer(
         list(prompts), padding="max_length", truncation=True, return_tensors="pt",
         max_length=encoded.input_ids.shape[1],
     ).input_ids  # fmt: skip
+    if encoded.kept_rows:
+        if not torch.equal(encoded.input_ids[list(encoded.kept_rows)], input_ids):
+            raise ValidationError(
+                f"kept_prompts: the data has {len(encoded.kept_rows)} kept prompts, and not those "
+                "of the configuration. Expected the same; pass data without any."
+            )
+        return encoded
     prompt_embeds = torch.cat(
         [pipe.text_encoder(row[None].to(pipe.text_encoder.device))[0] for row in input_ids]
     )
@@ -53,24 +63,22 @@ def add_kept_prompts(pipe, encoded, config, *, progress=True):
 
 @torch.no_grad()
 def draw_kept(pipe, config, shape, *, progress=True) -> torch.Tensor:
-    """Returns latents that the base draws of kept prompts: (prompts, pictures, C, h, w), scaled."""
-    drawn = []
+    """Returns latents that the base draws of kept prompts: (prompts, C, h, w), scaled."""
+    prompts, drawn = config.kept_prompts, []
     with without_progress_bar(pipe):
-        for prompt in tqdm(
-            config.kept_prompts, "kept prompts", unit="prompt", disable=not progress
+        for i, prompt in enumerate(
+            tqdm(prompts, "kept prompts", unit="prompt", disable=not progress)
         ):
-            noises = [
-                torch.randn(1, *shape, generator=keyed_generator(config.seed, "kept", prompt, i))
-                for i in range(KEPT_PICTURES)
-            ]
+            # A prompt that comes twice is drawn twice, otherwise.
+            key = keyed_generator(config.seed, "kept", prompt, prompts[:i].count(prompt))
             drawn.append(
                 pipe(
-                    [prompt] * KEPT_PICTURES, latents=torch.cat(noises).to(pipe.device),
+                    prompt, latents=torch.randn(1, *shape, generator=key).to(pipe.device),
                     num_inference_steps=config.validation_inference_steps,
                     guidance_scale=config.validation_guidance_scale, output_type="latent",
                 ).images.float().cpu()
             )  # fmt: skip
-    return check_finite(torch.stack(drawn), "latents of kept_prompts")
+    return check_finite(torch.cat(drawn), "latents of kept_prompts")
 
 
 @torch.no_grad()
