@@ -94,11 +94,14 @@ def run_demo(
     try:
         with ThreadPoolExecutor(jobs) as pool:
             try:
-                waiting = [
-                    pool.submit(run_notebook, path, output_folder, parameters, position)
-                    for position, path in enumerate(notebooks)
-                ]
-                runs = [future.result() for future in waiting]
+                # The longest text first, or the longest run would end alone, one core idle.
+                waiting = {
+                    path: pool.submit(run_notebook, path, output_folder, parameters, position)
+                    for position, path in sorted(
+                        enumerate(notebooks), key=lambda pair: -pair[1].stat().st_size
+                    )
+                }
+                runs = [waiting[path].result() for path in notebooks]
             except BaseException:  # an interrupt, a full disk: what runs on would hold up the end
                 pool.shutdown(wait=False, cancel_futures=True)
                 close_zygote()

@@ -7,7 +7,7 @@ EXPORTS = {
     "EncodedDataset": "sdkit.finetuning.encoding",
     "encode_dataset": "sdkit.finetuning.encoding",
     "LoRAConfig": "sdkit.finetuning.config",
-    "StepRecord": "sdkit.finetuning.training",
+    "TrainedStep": "sdkit.finetuning.training",
     "TrainReport": "sdkit.finetuning.report",
     "train_lora": "sdkit.finetuning.training",
     "load_adapter": "sdkit.finetuning.adapter_file",

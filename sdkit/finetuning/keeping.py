@@ -15,6 +15,7 @@ import torch
 from tqdm.auto import tqdm
 
 from sdkit.finetuning.keyed_random import keyed_generator
+from sdkit.generation.quiet import without_progress_bar
 from sdkit.validation import ValidationError, check_finite
 
 
@@ -117,14 +118,3 @@ def without_adapter(unet):
         yield
     finally:
         unet.enable_adapters()
-
-
-@contextmanager
-def without_progress_bar(pipe):
-    """Inside, a pipeline draws no bar of its own."""
-    own = getattr(pipe, "_progress_bar_config", None)
-    pipe.set_progress_bar_config(**{**(own or {}), "disable": True})
-    try:
-        yield
-    finally:
-        pipe._progress_bar_config = own or {}  # where there was none, diffusers sets {} itself

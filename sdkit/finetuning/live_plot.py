@@ -41,7 +41,7 @@ class LivePlot:
         self._draw()
 
     def note(self, record):
-        """Takes the StepRecord of a step; for `train_lora(on_step=...)`."""
+        """Takes the TrainedStep of a step; for `train_lora(on_step=...)`."""
         if record.dropped:
             self.dropped.append(record.step)
         else:

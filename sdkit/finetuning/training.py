@@ -30,7 +30,7 @@ from sdkit.generation.caught_warnings import CaughtWarnings
 
 
 @dataclass(frozen=True)
-class StepRecord:
+class TrainedStep:
     """What one step came to, for whoever watches.
 
     Attributes:
@@ -72,7 +72,7 @@ def train_lora(
         pipe: A loaded pipeline to train instead of `config.model`; it is changed.
         data: (train, validation) EncodedDatasets instead of `config.dataset`; validation may be
             None.
-        on_step: Called after each step with a StepRecord, in the main process.
+        on_step: Called after each step with a TrainedStep, in the main process.
         progress: Whether to show what was chosen, and a progress bar.
 
     Returns:
@@ -203,11 +203,11 @@ def save_if_due(run: TrainingRun, progress: Progress, stopped):
         save(run, progress)
 
 
-def make_record(before, after, loss, norm, learning_rate, config) -> StepRecord:
-    """Returns the StepRecord of the step between two Progresses."""
+def make_record(before, after, loss, norm, learning_rate, config) -> TrainedStep:
+    """Returns the TrainedStep of the step between two Progresses."""
     dropped = after.dropped[-1] if len(after.dropped) > len(before.dropped) else None
     is_look = len(after.validation_losses) > len(before.validation_losses)
-    return StepRecord(
+    return TrainedStep(
         step=before.step,
         loss=None if dropped else loss,
         learning_rate=learning_rate,
@@ -218,7 +218,7 @@ def make_record(before, after, loss, norm, learning_rate, config) -> StepRecord:
     )
 
 
-def tell(run: TrainingRun, record: StepRecord, progress: Progress, bar, on_step):
+def tell(run: TrainingRun, record: TrainedStep, progress: Progress, bar, on_step):
     """Shows a step in the progress bar, and hands it to the trackers and to whoever watches."""
     if not run.accelerator.is_main_process:
         return

@@ -5,7 +5,7 @@ Here the call is put together and undone again; `request.py` says what may be as
 """
 
 import inspect
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
 
 from tqdm.auto import tqdm
@@ -14,6 +14,7 @@ from sdkit.attention import refuse_unsafe_attention
 from sdkit.device import describe_environment
 from sdkit.emulate import active as find_emulation
 from sdkit.generation.image_run import ImageRun
+from sdkit.generation.quiet import without_progress_bar
 from sdkit.generation.record import RECORD_VERSION, RunRecord, plain
 from sdkit.generation.request import (
     check_number,
@@ -227,16 +228,13 @@ def _name_model(pipe):
 @contextmanager
 def _progress_bar(pipe, count, progress):
     """One bar over the images, or the pipeline's own over the steps of a single one."""
-    own = getattr(pipe, "_progress_bar_config", None)
     emulated = find_emulation() is not None
     own_is_shown = progress and count == 1 and not emulated
-    if not own_is_shown:
-        pipe.set_progress_bar_config(**{**(own or {}), "disable": True})
     bar_format = EMULATED_BAR if emulated else None
-    try:
-        with tqdm(
+    with (
+        nullcontext() if own_is_shown else without_progress_bar(pipe),
+        tqdm(
             total=count, unit="image", disable=own_is_shown or not progress, bar_format=bar_format
-        ) as bar:
-            yield bar
-    finally:
-        pipe._progress_bar_config = own or {}  # where there was none, diffusers sets {} itself
+        ) as bar,
+    ):
+        yield bar
