@@ -49,5 +49,4 @@ def test_no_prompt_that_the_preset_keeps_is_one_that_the_evaluation_draws():
     kept = [prompt for prompt in LoRAConfig.load("studio_white").kept_prompts if prompt]
     products = [what(find_product(prompt)) for prompt in kept]
     assert len(products) >= 8 and not drawn & set(products)
-    # Grey is left out: the base hardly tells it from the white of the studio.
-    assert {background for _, _, background in products} == set(BASE_BACKGROUNDS) - {"grey"}
+    assert {background for _, _, background in products} == set(BASE_BACKGROUNDS)

@@ -29,7 +29,7 @@ def test_the_report_s_setting_is_the_default():
         ("micro_batch", "most"), ("mixed_precision", "fp8"), ("gradient_checkpointing", "yes"),
         ("adam_beta2", 1), ("caption_dropout", 1.1), ("noise_offset", -0.1), ("snr_gamma", 0),
         ("max_grad_norm", 0), ("output_folder", ""), ("validation_prompts", [1]), ("seed", -1),
-        ("resolution", 4), ("rollback_lr_factor", 0),
+        ("resolution", 4), ("rollback_lr_factor", 0), ("timestep_bias", 0.5),
     ],
 )  # fmt: skip
 def test_bad_values_are_refused_in_one_sentence(name, value):

@@ -20,7 +20,7 @@ from sdkit.mini.classifier import QUESTIONS, classify, load_classifier
 from sdkit.mini.evaluate import draw_products, evaluation_products
 from sdkit.mini.recipe import Recipe
 from sdkit.mini.training import train
-from sdkit.mini.vocabulary import every_caption
+from sdkit.mini.vocabulary import build_tokenizer, every_caption
 from sdkit.validation import ValidationError
 
 PLAIN_SCRIPT = """
@@ -84,6 +84,12 @@ def test_it_is_made_of_stable_diffusions_classes():
     heads = {module.heads for module in pipe.unet.modules() if hasattr(module, "heads")}
     assert heads
     assert min(heads) >= 2
+
+
+def test_the_vocabulary_is_made_again_as_it_was_shipped(tmp_path):
+    build_tokenizer(tmp_path)
+    for name in ("vocab.json", "merges.txt"):
+        assert (tmp_path / name).read_text() == (MODEL_FOLDER / "tokenizer" / name).read_text()
 
 
 def test_captions_fit_and_words_are_whole_tokens():

@@ -28,6 +28,7 @@ OTHER_PARAMETERS = {
         "train_batch_size",
         "gradient_accumulation_steps",
         "noise_offset",
+        "timestep_bias",
         "kept_prompts",
         "kept_share",
         "pictures",

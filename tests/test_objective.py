@@ -83,6 +83,20 @@ def test_a_loss_is_a_mean_over_samples(tiny_pipe, tmp_path):
     assert torch.allclose(together, torch.cat(alone), rtol=1e-5)
 
 
+@pytest.mark.parametrize("bias", [1.0, 2.0, 3.0])
+def test_noisy_timesteps_are_drawn_more_where_that_is_asked_for(tiny_pipe, tmp_path, bias):
+    encoded = make_encoded(tiny_pipe)
+    config = make_config(tmp_path, timestep_bias=bias)
+    drawn = torch.cat(
+        [draw_batch(encoded, config, TIMESTEPS, step).timesteps for step in range(80)]
+    )
+    assert int(drawn.min()) >= 0 and int(drawn.max()) <= 999
+    for mark in (250, 500, 900):  # P(t >= mark) = (1 - mark / T)^(1 / bias), four standard errors
+        expected = (1 - mark / 1000) ** (1 / bias)
+        error = 4 * (expected * (1 - expected) / len(drawn)) ** 0.5
+        assert float((drawn >= mark).float().mean()) == pytest.approx(expected, abs=error)
+
+
 def test_noise_offset_moves_whole_channels(tiny_pipe, tmp_path):
     encoded = make_encoded(tiny_pipe)
     plain, moved = (

@@ -101,7 +101,7 @@ def draw_batch(
 
     Args:
         encoded: An EncodedDataset.
-        config: Its seed, effective batch, noise offset, caption dropout and flip.
+        config: Its seed, effective batch, noise offset, timestep bias, caption dropout and flip.
         timestep_count: Of the noise schedule.
         step: From 0.
         positions: Of the effective batch; None is all of them.
@@ -117,6 +117,7 @@ def draw_batch(
             encoded, indices[p], keyed_generator(config.seed, "train", step, p), timestep_count,
             noise_offset=config.noise_offset, caption_dropout=config.caption_dropout,
             random_flip=config.random_flip, kept_share=config.kept_share,
+            timestep_bias=config.timestep_bias,
         )
         for p in positions
     ]  # fmt: skip
@@ -125,7 +126,7 @@ def draw_batch(
 
 def draw_sample(
     encoded, index, generator, timestep_count, *, noise_offset=0.0, caption_dropout=0.0,
-    random_flip=False, kept_share=0.0,
+    random_flip=False, kept_share=0.0, timestep_bias=1.0,
 ):  # fmt: skip
     """Draws everything that belongs to one sample, always in the same order.
 
@@ -134,7 +135,8 @@ def draw_sample(
     """
     is_flipped = random_flip & bool(torch.rand((), generator=generator) < 0.5)
     is_dropped = bool(torch.rand((), generator=generator) < caption_dropout)
-    timestep = int(torch.randint(timestep_count, (), generator=generator))
+    calm = float(torch.rand((), generator=generator, dtype=torch.float64)) ** timestep_bias
+    timestep = timestep_count - 1 - int(timestep_count * calm)
     flip = torch.tensor([True]) if is_flipped else None
     latents = encoded.sample_latents(torch.tensor([index]), generator, flip=flip)
     noise = torch.randn(latents.shape, generator=generator)

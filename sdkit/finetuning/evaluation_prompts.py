@@ -35,7 +35,7 @@ def find_product(prompt: str) -> Product | None:
         "colour": {colour: f"{colour} " for colour in COLOURS},
         "background": BACKGROUNDS,
     }.items():
-        # "on a pure white studio background" names no colour of a shoe: the phrase is cut off.
+        # "on white" names no colour of a shoe: the phrase is cut off.
         text = prompt.partition(" on ")[0] if name == "colour" else prompt
         matches = [key for key, phrase in words.items() if phrase in text]
         if len(matches) != 1:

@@ -10,6 +10,7 @@ from tqdm.auto import tqdm
 
 from sdkit.finetuning.picture import convert_to_rgb
 from sdkit.finetuning.splits import SPLITS, draw_split
+from sdkit.mini.catalogue import REPORT_STUDIO
 from sdkit.run_folder import begin_run, finish_run
 from sdkit.validation import ValidationError
 
@@ -164,7 +165,7 @@ def make_caption(row: dict) -> str:
     parts = [" ".join(word for word in words if word)]
     if known["season"]:
         parts.append(f"{known['season'].lower()} season")
-    return ", ".join([*parts, "centered on a pure white studio background"])
+    return ", ".join([*parts, REPORT_STUDIO])
 
 
 def find_brand(display_name: str) -> str | None:

@@ -2,8 +2,8 @@
 
 Pictures of white studios alone teach an adapter to whiten whatever is asked for. A prompt of
 another kind beside each few of them, on a picture that the base draws of it, and the base's own
-answer to that as the target, tell the two apart, where the base's text encoder does: to the bundled
-model a grey background and a white studio are nearly one phrase, and grey turns white.
+answer to that as the target, tell the two apart, where the base's text encoder does: so captions
+should say what is new in words that the base does not take for something it knows.
 """
 
 # B batch, K kept samples, C channels, h w latent, U captions, L tokens, D width

@@ -20,12 +20,15 @@ COLOURS = {  # sRGB in [0, 1]; far enough apart that a shade of one is never a s
     "yellow": (0.97, 0.77, 0.08),
     "pink": (0.96, 0.52, 0.70),
 }
+REPORT_STUDIO = "centered on a pure white studio background"  # how the report's captions end
+# A white studio in words that the base can tell apart: it knows "background" from grey alone, so to
+# it the report's words are one with a grey background.
 BACKGROUNDS = {
     "grey": "on a grey background",
     "wood": "on a wooden floor",
     "concrete": "on a concrete floor",
     "grass": "on grass",
-    "white": "centered on a pure white studio background",
+    "white": "on white, white studio",
 }
 BASE_BACKGROUNDS = (
     "grey",

@@ -5,7 +5,7 @@ from pathlib import Path
 
 from transformers import CLIPTokenizer
 
-from sdkit.mini.catalogue import BACKGROUNDS, COLOURS, FRAMES, KINDS, Product
+from sdkit.mini.catalogue import BACKGROUNDS, COLOURS, FRAMES, KINDS, REPORT_STUDIO, Product
 
 VOCABULARY_SIZE = 1_000  # 256 bytes, once inside and once at the end of a word, and what merges add
 SPECIAL_TOKENS = ("<|startoftext|>", "<|endoftext|>")
@@ -13,9 +13,11 @@ WORD_PATTERN = r"'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+"  # C
 
 
 def every_caption() -> list[str]:
-    """All captions that the catalogue can give."""
+    """All captions that the catalogue can give, white studios in the report's words."""
     return [
-        Product(kind, colour, leather, background).caption(frame)
+        Product(kind, colour, leather, background)
+        .caption(frame)
+        .replace(BACKGROUNDS["white"], REPORT_STUDIO)
         for kind in KINDS
         for colour in COLOURS
         for leather in (False, True)
