@@ -8,7 +8,7 @@ from sdkit.precision.ladder_table import tabulate_ladder
 from sdkit.precision.rungs import AS_IT_IS, FLOAT32, HOW
 from sdkit.validation import ValidationError
 
-FAST = {"num_inference_steps": 2, "progress": False, "backend": "cpu"}
+FAST = {"num_inference_steps": 1, "progress": False, "backend": "cpu"}
 RUNGS = set(HOW)
 BY_NAME = {failure.name: failure for failure in FAILURES}
 

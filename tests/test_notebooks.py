@@ -36,7 +36,7 @@ OTHER_PARAMETERS = {
     "04_compare_runs": PARAMETERS - {"dtype", "attention"} | {"sweep_folder", "jobs"},
 }
 SMALL = {
-    "num_inference_steps": 3, "image_size": 64,
+    "num_inference_steps": 1, "image_size": 64,
     "max_train_steps": 3, "train_batch_size": 1, "pictures": 2,  # of 03 alone
 }  # fmt: skip
 
