@@ -22,26 +22,25 @@ def tabulate_backgrounds(evaluation) -> pd.DataFrame:
     first = len(evaluation.settings["prompts"])
     asked = [find_product(prompt) for prompt in evaluation.settings["kept_prompts"]]
     seen = [_look(run, first) for run in (evaluation.run_before, evaluation.run_after)]
-    rows = [
-        {"background": product.background, "before": before, "after": after}
-        for product, before, after in zip(asked, *seen, strict=True)
-        if product
-    ]
-    table = []
-    for background in dict.fromkeys(row["background"] for row in rows):
-        here = [row for row in rows if row["background"] == background]
-        wrong = pd.Series([r["after"] for r in here if r["after"] != background]).value_counts()
-        table.append(
-            {
-                "background": background,
-                "asked": len(here),
-                "before": sum(row["before"] == background for row in here),
-                "after": sum(row["after"] == background for row in here),
-                "seen instead": ", ".join(f"{name} {count}" for name, count in wrong.items()),
-            }
-        )
-    columns = ["background", "asked", "before", "after", "seen instead"]
-    return pd.DataFrame(table, columns=columns).set_index("background")
+    pictures = pd.DataFrame(
+        [
+            (product.background, before, after)
+            for product, before, after in zip(asked, *seen, strict=True)
+            if product
+        ],
+        columns=["background", "before", "after"],
+    )
+    rows = {}
+    for background, here in pictures.groupby("background", sort=False):
+        wrong = here["after"][here["after"] != background].value_counts()
+        rows[background] = {
+            "asked": len(here),
+            "before": int((here["before"] == background).sum()),
+            "after": int((here["after"] == background).sum()),
+            "seen instead": ", ".join(f"{name} {count}" for name, count in wrong.items()),
+        }
+    columns = ["asked", "before", "after", "seen instead"]
+    return pd.DataFrame.from_dict(rows, orient="index", columns=columns).rename_axis("background")
 
 
 def _look(run, first):
