@@ -8,7 +8,6 @@ import sys
 import numpy as np
 import pytest
 from PIL import Image
-from sweep_notebooks import write_notebook
 from typer.testing import CliRunner
 
 from sdkit.cli import COMMANDS, app
@@ -143,25 +142,6 @@ def test_demo_says_in_one_line_what_it_cannot_do(tmp_path):
     assert result.exit_code == 2
     assert "file" in result.stderr
     assert len(result.stderr.strip().splitlines()) == 1
-
-
-@pytest.mark.parametrize(("options", "drawn"), [((), 7), (("--steps", "3"), 3)], ids=str)
-def test_demo_leaves_a_notebook_its_own_steps_unless_others_are_asked_for(
-    tmp_path, monkeypatch, options, drawn
-):
-    notebook = tmp_path / "n.ipynb"
-    cell = """import json, pathlib
-from sdkit.run_folder import save_verdicts
-folder = pathlib.Path(output_folder)
-folder.mkdir()
-verdict = {"question": "q", "answer": str(num_inference_steps), "evidence": "", "as_expected": True}
-save_verdicts([verdict], folder)"""
-    parameters = 'num_inference_steps: int = 7\noutput_folder: str = "out"'
-    write_notebook(notebook, parameters, cell)
-    monkeypatch.setattr("sdkit.demo.find_notebooks", lambda: [notebook])
-    result = run("demo", "--output", tmp_path / "out", "--json", *options)
-    assert result.exit_code == 0, (result.output, result.exception)
-    assert json.loads(result.stdout)[0]["verdicts"][0]["answer"] == str(drawn)
 
 
 def test_diagnose_names_the_cause_proves_it_and_writes_the_reproduction(tiny_folder, tmp_path):
