@@ -19,10 +19,10 @@ figures: demo
 test: $(VENV)/installed-test
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/python -m pytest -q -rs -n auto --dist worksteal
+	$(BIN)/python -m pytest -q -rs -n auto --dist loadgroup
 
 test-all: $(VENV)/installed-test
-	$(BIN)/python -m pytest -q -rs -n auto --dist worksteal -m ""
+	$(BIN)/python -m pytest -q -rs -n auto --dist loadgroup -m ""
 
 bench: $(VENV)/installed-test
 	$(BIN)/python tests/benchmarks/run.py

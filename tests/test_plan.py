@@ -184,8 +184,24 @@ def test_the_search_finds_a_least_set_whatever_the_order(needed):
             pass
 
     layers = list("abcdefgh")
-    search = Search(lambda paths: 50.0 if set(needed) <= paths else -np.inf, 40.0, Bar())
-    assert sorted(search.find_least(layers, [], [])) == sorted(needed)
+    for beyond in ([], ["a"], ["a", "b", "c"]):
+        search = Search(lambda paths: 50.0 if set(needed) <= paths else -np.inf, 40.0, Bar())
+        assert sorted(search.find_least(layers, [], [], beyond)) == sorted(needed)
+
+
+def test_layers_that_the_dtype_cannot_hold_cost_one_trial_each():
+    class Bar:
+        def update(self):
+            pass
+
+    layers = list("abcdefghijklmnop")
+    needed = set(layers[:12])
+    trials = {}
+    for beyond in ([], layers[:12]):
+        search = Search(lambda paths: 50.0 if needed <= paths else -np.inf, 40.0, Bar())
+        assert search.find_least(layers, [layers], [], beyond) == layers[:12]
+        trials[len(beyond)] = search.trials
+    assert trials[12] < trials[0] and trials[12] <= 12 + 5
 
 
 @pytest.mark.parametrize(("better", "found"), [(43.0, []), (49.0, ["a"])])

@@ -1,4 +1,4 @@
-"""float16 on the CPU: float16 storage, range and rounding; wide accumulation; usable speed."""
+"""float16 and bfloat16 on the CPU: their storage, range and rounding; wide sums; usable speed."""
 
 from contextlib import contextmanager
 
@@ -8,6 +8,7 @@ from sdkit.emulate.mode import emulating
 from sdkit.emulate.schema import Rule, find_rule
 
 CUT_BITS = 2**29 - 1  # what a 53-bit significand has below the 24 bits of float32
+HALVES = (torch.float16, torch.bfloat16)
 COMPLEX_OF = {torch.float32: torch.complex64, torch.float64: torch.complex128}
 
 
@@ -32,6 +33,9 @@ def float16_arithmetic():
     Random numbers are drawn in float32 and rounded, so that they are equal across dtypes; uniform
     ones are torch's own float16 draws, which stay below 1.
 
+    bfloat16 is treated alike, with u = 2^-8, except that elementwise ops are torch's own: a CPU
+    without instructions for it takes two hundred times float32's seconds for a convolution.
+
     It is an emulation of arithmetic: seconds and memory under it mean nothing. MPS may round in
     more places (the fault `score-rounding` of `mps`). The innermost of nested emulations acts.
 
@@ -44,46 +48,51 @@ def float16_arithmetic():
 
 
 def compute(func, args, kwargs):
-    """Run one aten op: natively, or widened and rounded once if its dtype is float16."""
+    """Run one aten op: natively, or widened and rounded once if its dtype is a half."""
     rule = find_rule(func)
-    if rule.exact or not is_float16_call(rule, args, kwargs):
+    half = None if rule.exact else find_half(rule, args, kwargs)
+    if half is None or (half is torch.bfloat16 and rule.work_dtype is torch.float64):
         return func(*args, **kwargs)
-    wide_args = [widen(value, rule.work_dtype) for value in args]
-    wide_kwargs = {name: widen(value, rule.work_dtype) for name, value in kwargs.items()}
+    wide_args = [widen(value, half, rule.work_dtype) for value in args]
+    wide_kwargs = {name: widen(value, half, rule.work_dtype) for name, value in kwargs.items()}
     result = func(*wide_args, **wide_kwargs)
     for key in rule.written:
         original, wide = pick(key, args, kwargs), pick(key, wide_args, wide_kwargs)
-        write_back(original, wide)
-    return finish(result, rule, args, kwargs)
+        write_back(original, wide, half)
+    return finish(result, rule, half, args, kwargs)
 
 
-def is_float16_call(rule: Rule, args, kwargs) -> bool:
-    """Whether torch would compute this call in float16, by its type promotion.
+def find_half(rule: Rule, args, kwargs) -> torch.dtype | None:
+    """float16 or bfloat16 if torch would compute this call in it, by its type promotion.
 
     A wider tensor decides the dtype unless it alone has no dimensions; an explicit dtype= decides
-    always, and what an out= of another dtype means, or whether it is refused, differs by op.
+    always, and what an out= of another dtype means, or whether it is refused, differs by op. The
+    two halves together are float32's.
     """
     out_dtypes = {kwargs[name].dtype for name in rule.outs if name in kwargs}
-    if out_dtypes and torch.float16 not in out_dtypes:
-        return False
-    float16_rank = wide_rank = -1  # 0: only tensors without dimensions, 1: one with
+    half, half_rank, wide_rank = None, -1, -1  # 0: only tensors without dimensions, 1: one with
     is_asked = False
     for value in flatten((*args, *kwargs.values())):
         if isinstance(value, torch.Tensor):
             rank = min(value.dim(), 1)
-            if value.dtype is torch.float16:
+            if value.dtype in HALVES:
                 if not value.is_cpu or value.layout is not torch.strided:
-                    return False
-                float16_rank = max(float16_rank, rank)
+                    return None
+                if half not in (None, value.dtype):
+                    return None
+                half, half_rank = value.dtype, max(half_rank, rank)
             elif value.is_floating_point() or value.is_complex():
                 wide_rank = max(wide_rank, rank)
         elif isinstance(value, torch.dtype):
-            if value is not torch.float16:
-                return False
-            is_asked = True
+            if value not in HALVES or half not in (None, value):
+                return None
+            half, is_asked = value, True
+    if out_dtypes and half not in out_dtypes:
+        return None
     if is_asked:
-        return wide_rank == -1
-    return float16_rank >= 0 and (float16_rank > wide_rank or rule.takes_float32)
+        return half if wide_rank == -1 else None
+    is_wider = half_rank > wide_rank or rule.takes_float32
+    return half if half_rank >= 0 and is_wider else None
 
 
 def flatten(values):
@@ -95,20 +104,21 @@ def flatten(values):
             yield value
 
 
-def widen(value, dtype):
-    """Lift float16 tensors, lists of them, and a dtype=torch.float16 argument to `dtype`.
+def widen(value, half, dtype):
+    """Lift tensors of a half, lists of them, and that dtype as an argument to `dtype`.
 
-    An integer tensor of an elementwise op (work dtype float64) is first rounded to float16, as
-    promotion does: 70000 is inf there. Integers of other ops are indices and counts.
+    An integer tensor of an elementwise op (work dtype float64) is first rounded to the half, as
+    promotion does: 70000 is inf in float16.
+    Integers of other ops are indices and counts.
     """
     if isinstance(value, torch.Tensor):
         is_whole = not (value.is_floating_point() or value.is_complex())
         if is_whole and dtype is torch.float64 and value.dim() and value.dtype is not torch.bool:
-            return value.to(torch.float16).to(dtype)
-        return value.to(dtype) if value.dtype is torch.float16 else value
+            return value.to(half).to(dtype)
+        return value.to(dtype) if value.dtype is half else value
     if isinstance(value, (list, tuple)):
-        return [widen(item, dtype) for item in value]
-    return dtype if value is torch.float16 else value
+        return [widen(item, half, dtype) for item in value]
+    return dtype if value is half else value
 
 
 def pick(key, args, kwargs):
@@ -118,49 +128,49 @@ def pick(key, args, kwargs):
     return args[key] if key < len(args) else None
 
 
-def write_back(original, wide) -> None:
+def write_back(original, wide, half) -> None:
     """Round what the op wrote into the stand-in, once, into the caller's own storage."""
     if isinstance(original, (list, tuple)):
         for one_original, one_wide in zip(original, wide, strict=True):
-            write_back(one_original, one_wide)
+            write_back(one_original, one_wide, half)
     elif original is not wide:
         if original.shape != wide.shape:  # out= of another size: torch resizes it
             original.resize_(wide.shape)
-        original.copy_(round_to_float16(wide))
+        original.copy_(round_to_half(wide, half))
 
 
-def finish(result, rule: Rule, args, kwargs):
-    """Round new results to float16 and give back the caller's tensors for written ones."""
+def finish(result, rule: Rule, half, args, kwargs):
+    """Round new results to the half and give back the caller's tensors for written ones."""
     if len(rule.returns) == 1:
         key = rule.returns[0]
-        return round_results(result, rule) if key is None else pick(key, args, kwargs)
+        return round_results(result, rule, half) if key is None else pick(key, args, kwargs)
     if not rule.returns:
         return result
     return tuple(
         value
         if position in rule.float32_returns
-        else round_results(value, rule)
+        else round_results(value, rule, half)
         if key is None
         else pick(key, args, kwargs)
         for position, (key, value) in enumerate(zip(rule.returns, result, strict=True))
     )
 
 
-def round_results(value, rule: Rule):
-    """Round a result of the work dtype to float16; leave indices, masks and counts alone."""
+def round_results(value, rule: Rule, half):
+    """Round a result of the work dtype to the half; leave indices, masks and counts alone."""
     if isinstance(value, (list, tuple)):
-        return [round_results(item, rule) for item in value]
+        return [round_results(item, rule, half) for item in value]
     if not isinstance(value, torch.Tensor):
         return value
     if value.dtype is rule.work_dtype:
-        return round_to_float16(value)
+        return round_to_half(value, half)
     if value.dtype is COMPLEX_OF[rule.work_dtype]:
         return value.to(torch.complex32)
     return value
 
 
-def round_to_float16(wide):
-    """Round a float32 or float64 tensor to float16, to nearest even, in one rounding.
+def round_to_half(wide, half):
+    """Round a float32 or float64 tensor to float16 or bfloat16, to nearest even, in one rounding.
 
     torch casts float64 to float16 by way of float32, which rounds twice: 1 + 2^-11 + 2^-40 becomes
     1.0. So float64 is first cut to float32's 24 bits with the last bit set if anything was cut
@@ -170,7 +180,7 @@ def round_to_float16(wide):
         Boldo and Melquiond, "Emulation of a FMA and correctly rounded sums", 2008.
     """
     if wide.dtype is not torch.float64:
-        return wide.to(torch.float16)
+        return wide.to(half)
     bits = wide.view(torch.int64)
     odd_bits = bits.bitwise_and(CUT_BITS).add_(CUT_BITS).bitwise_or_(bits)
-    return odd_bits.bitwise_and_(~CUT_BITS).view(torch.float64).to(torch.float16)
+    return odd_bits.bitwise_and_(~CUT_BITS).view(torch.float64).to(half)

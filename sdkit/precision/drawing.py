@@ -60,7 +60,7 @@ def measure_psnr(images, reference) -> float:
     return float(min(decibels, default=np.inf))
 
 
-def low_arithmetic(pipe, dtype):
-    """Emulated float16 where the device would take minutes for it: on a CPU."""
-    is_slow = pipe._execution_device.type == "cpu" and dtype is torch.float16
+def low_arithmetic(pipe):
+    """Emulated halves where the device would take minutes for them: on a CPU."""
+    is_slow = pipe._execution_device.type == "cpu"
     return float16_arithmetic() if is_slow and not find_emulation() else nullcontext()

@@ -13,7 +13,6 @@ from dataclasses import dataclass, field
 
 import numpy as np
 from skimage.metrics import structural_similarity
-from torch import float16
 from tqdm.auto import tqdm
 
 from sdkit.device import synchronize
@@ -144,7 +143,7 @@ def try_rung(pipe, name, change, applied, prompts, seed, pipe_kwargs, reference)
     try:
         with ExitStack() as stack:
             tell = stack.enter_context(applied())
-            stack.enter_context(low_arithmetic(pipe, float16))
+            stack.enter_context(low_arithmetic(pipe))
             facts = {"weight_bytes": count_bytes(pipe)}
             synchronize(pipe._execution_device)
             started = time.perf_counter()

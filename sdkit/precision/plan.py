@@ -47,7 +47,8 @@ def plan_precision(
 ) -> Recipe:
     """Finds the smallest set of layers that must stay float32 for a pipeline to draw right.
 
-    The pipeline is left as it was. On a CPU float16 is emulated (see `float16_arithmetic`).
+    The pipeline is left as it was. On a CPU float16 and bfloat16 are emulated, see
+    `float16_arithmetic`.
 
     Args:
         pipe: A diffusers pipeline, best in float32.
@@ -105,7 +106,10 @@ def plan_precision(
             look_again,
         )
         paths = search.find_least(
-            layers, find_endangered(peaks, layers, DTYPES[dtype]), find_tiers(pipe, layers)
+            layers,
+            find_endangered(peaks, layers, DTYPES[dtype]),
+            find_tiers(pipe, layers),
+            [path for path in layers if peaks[path] > torch.finfo(DTYPES[dtype]).max],
         )
         trials = search.trials
         bisect_trials = count_bisect_trials(search, list(peaks)) if compare_with_bisect else None
@@ -129,7 +133,7 @@ def plan_precision(
         made_on={
             "device": str(pipe._execution_device),
             "torch": torch.__version__,
-            "emulated": find_emulation() or describe_own_emulation(pipe, dtype),
+            "emulated": find_emulation() or describe_own_emulation(pipe),
         },
     )
 
@@ -147,8 +151,8 @@ def measure_healthy_db(pipe, draw, reference, dtype, grids=GRIDS) -> float:
     return min(reached)
 
 
-def describe_own_emulation(pipe, dtype) -> str | None:
-    with low_arithmetic(pipe, DTYPES[dtype]):
+def describe_own_emulation(pipe) -> str | None:
+    with low_arithmetic(pipe):
         return find_emulation()
 
 

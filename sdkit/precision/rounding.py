@@ -94,6 +94,5 @@ def round_significand(values: torch.Tensor, dropped: int, grid=1.0) -> torch.Ten
         return round_significand(values / grid, dropped) * grid
     bits = values.contiguous().view(torch.int32)
     half = (1 << (dropped - 1)) - 1
-    rounded = bits + half + ((bits >> dropped) & 1)
-    rounded = (rounded >> dropped) << dropped
+    rounded = (bits >> dropped).bitwise_and_(1).add_(bits).add_(half).bitwise_and_(-1 << dropped)
     return torch.where(values.isfinite(), rounded.view(torch.float32), values)

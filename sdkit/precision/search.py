@@ -53,11 +53,13 @@ class Search:
             self.target_db = min(self.target_db, look_again())
         return self.measured[key] >= self.target_db
 
-    def find_least(self, layers, endangered, tiers) -> list[str]:
+    def find_least(self, layers, endangered, tiers, beyond=()) -> list[str]:
         """A valid set of layers, none of which can be dropped.
 
         Args:
             layers: All, the most endangered first.
+            beyond: The head of that list whose numbers the dtype cannot hold: hardly to be
+                dropped, so each of them is tried alone and last.
             endangered: Heads of that list by headroom, growing.
             tiers: Where to look if none of these suffices: the VAE, attention, both.
 
@@ -72,7 +74,7 @@ class Search:
             if not self.is_valid(tier):
                 self._give_up("even with every layer in float32")
             enough = self._shorten([path for path in layers if path in set(tier)])
-        found = self._drop(enough)
+        found = self._drop(enough, frozenset(beyond))
         if len(found) == len(layers):
             self._give_up("with less than every layer in float32")
         return found
@@ -88,12 +90,14 @@ class Search:
             low, high = (low, middle) if self.is_valid(ordered[:middle]) else (middle, high)
         return ordered[:high]
 
-    def _drop(self, paths):
+    def _drop(self, paths, beyond):
         """Drops halves, quarters, ... and in the end single layers, until none can be dropped."""
-        size = max(1, len(paths) // 2)
+        spared = sum(path in beyond for path in paths)
+        size = max(1, (len(paths) - spared) // 2)
         while True:
             dropped = False
-            for start in range(len(paths) - size, -1, -size):  # the least endangered first
+            lowest = spared if size > 1 else 0
+            for start in range(len(paths) - size, lowest - 1, -size):  # the least endangered first
                 rest = paths[:start] + paths[start + size :]
                 if self.is_valid(rest):
                     paths, dropped = rest, True

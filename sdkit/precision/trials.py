@@ -40,7 +40,7 @@ class Trials:
             return -np.inf
         precision = mixed_precision(self.pipe, sorted(paths), self.dtype)
         try:
-            with precision, low_arithmetic(self.pipe, self.dtype):
+            with precision, low_arithmetic(self.pipe):
                 return measure_psnr(self._draw(key), self.reference)
         except NonFiniteError as error:
             is_decoding = error.finding and error.finding.stage == "vae" and self.given.get(key)

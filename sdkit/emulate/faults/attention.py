@@ -3,8 +3,9 @@
 import torch
 
 from sdkit.emulate.faults.fault import PYTORCH, Fault
-from sdkit.emulate.faults.products import HALVES, aten
+from sdkit.emulate.faults.products import aten
 from sdkit.emulate.faults.views import read_as_contiguous
+from sdkit.emulate.float16 import HALVES
 
 # B batch, H heads, L queries, S keys, D width
 SDPA = "aten._scaled_dot_product_flash_attention_for_cpu"

@@ -5,9 +5,9 @@ from itertools import count
 import torch
 
 from sdkit.emulate.faults.fault import DIFFUSERS, PYTORCH, Fault
+from sdkit.emulate.float16 import HALVES
 
 aten = torch.ops.aten
-HALVES = (torch.float16, torch.bfloat16)
 FIRST_BAD_INNER_SIZE = 32767  # pytorch#195163
 calls = count()
 

@@ -1,7 +1,7 @@
 """Gradients that a training step loses."""
 
 from sdkit.emulate.faults.fault import PYTORCH, Fault
-from sdkit.emulate.faults.products import HALVES
+from sdkit.emulate.float16 import HALVES
 
 
 def zero_half_gradients(func, args, kwargs, compute):

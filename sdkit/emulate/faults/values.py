@@ -5,8 +5,9 @@ from itertools import count
 import torch
 
 from sdkit.emulate.faults.fault import DIFFUSERS, PYTORCH, Fault
-from sdkit.emulate.faults.products import HALVES, aten
+from sdkit.emulate.faults.products import aten
 from sdkit.emulate.faults.views import NORMS
+from sdkit.emulate.float16 import HALVES
 
 writes = count()
 
