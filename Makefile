@@ -19,10 +19,10 @@ figures: demo
 test: $(VENV)/installed-test
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/python -m pytest -q -rs -n auto --dist loadgroup
+	$(BIN)/python -m pytest -q -rs -n auto --dist loadfile --no-loadscope-reorder
 
 test-all: $(VENV)/installed-test
-	$(BIN)/python -m pytest -q -rs -n auto --dist loadgroup -m ""
+	$(BIN)/python -m pytest -q -rs -n auto --dist loadfile --no-loadscope-reorder -m ""
 
 bench: $(VENV)/installed-test
 	$(BIN)/python tests/benchmarks/run.py

@@ -27,8 +27,6 @@ from sdkit.diagnosis.hypotheses import (
 )
 from sdkit.diagnosis.timeline import measure_scores
 
-pytestmark = pytest.mark.xdist_group("ablation")  # one worker makes the fixtures, for all
-
 SMALL = {"seed": 0, "image_size": 64, "num_inference_steps": 1, "guidance_scale": 4.0}
 PROMPT = "black boots on grass"
 

@@ -12,7 +12,6 @@ from sdkit import diagnose, generate
 from sdkit.demo import find_notebooks
 
 pytestmark = [
-    pytest.mark.xdist_group("browser"),  # one worker makes the fixtures, for all
     pytest.mark.browser,
     pytest.mark.skipif(
         CHROMIUM is None, reason="no Chromium here: apt-get install chromium, or .ci/run as root"

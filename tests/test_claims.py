@@ -16,8 +16,6 @@ from sdkit.diagnosis.claims.claim import COMPUTED
 from sdkit.diagnosis.claims.cost import FLOAT16_SECONDS, FLOAT32_SECONDS, count_parameters
 from sdkit.diagnosis.claims.symptom import cast_to_8_bits, count_shown_warnings
 
-pytestmark = pytest.mark.xdist_group("claims")  # one worker makes the fixtures, for all
-
 
 def make_cells(*, emulated="emulated MPS", control=None):
     kernels = (FAULTY, HONEST) if emulated else (OWN,)

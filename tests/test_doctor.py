@@ -17,8 +17,6 @@ from sdkit.diagnosis.probe_cache import find_cache_file, find_cached, save_cache
 from sdkit.diagnosis.probes import PROBES, ProbeResult
 from sdkit.emulate import EmulationWarning, mps
 
-pytestmark = pytest.mark.xdist_group("doctor")  # one worker makes the fixtures, for all
-
 SECTIONS = ["Environment", "Device", "Probes", "Policy", "Known", "What to do"]
 HEALTHY = {"torch": "2.13.0", "rosetta": False}
 

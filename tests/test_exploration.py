@@ -23,8 +23,6 @@ from sdkit.exploration.evidence import draw_line
 from sdkit.exploration.material import make_steps
 from sdkit.exploration.network_map import NAN_COLOUR, NetworkMap
 
-pytestmark = pytest.mark.xdist_group("exploration")  # one worker makes the fixtures, for all
-
 FAST = {"num_inference_steps": 4, "guidance_scale": 2, "progress": False}
 SPOILT = "unet.mid_block.resnets.0.conv1"
 

@@ -20,10 +20,7 @@ from sdkit.precision.memory import predict_memory
 from sdkit.precision.memory_rungs import compare_with_report, list_memory_rungs
 from sdkit.validation import ValidationError
 
-pytestmark = [
-    pytest.mark.filterwarnings("ignore::sdkit.emulate.EmulationWarning"),
-    pytest.mark.xdist_group("memory"),  # one worker makes the fixtures, for all
-]
+pytestmark = pytest.mark.filterwarnings("ignore::sdkit.emulate.EmulationWarning")
 MIB = 2**20
 
 

@@ -18,8 +18,6 @@ from sdkit.finetuning.report import REPORT_FILE
 from sdkit.finetuning.training import train_lora
 from sdkit.validation import ValidationError
 
-pytestmark = pytest.mark.xdist_group("resume")  # one worker makes the fixtures, for all
-
 SCRIPT = Path(__file__).with_name("interrupted_training.py")
 ADAPTER = "pytorch_lora_weights.safetensors"
 

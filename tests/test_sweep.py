@@ -26,8 +26,6 @@ from sdkit.batch.lock import is_held, lock_folder
 from sdkit.cli import app
 from sdkit.validation import ValidationError
 
-pytestmark = pytest.mark.xdist_group("sweep")  # one worker makes the fixtures, for all
-
 SWEEP = (
     "import json, sys; from sdkit import run_sweep; "
     "run_sweep(*json.loads(sys.argv[1]), progress=False, **json.loads(sys.argv[2]))"

@@ -19,8 +19,6 @@ from sdkit import LoRAConfig
 from sdkit.cli import app
 from sdkit.finetuning.dataset_report import DatasetReport
 
-pytestmark = pytest.mark.xdist_group("train_command")  # one worker makes the fixtures, for all
-
 
 def run(*arguments):
     return CliRunner().invoke(app, ["train", *map(str, arguments)])

@@ -20,7 +20,7 @@ def demo(
     steps: Annotated[
         int,
         typer.Option(metavar="N", help="Denoising steps an image; fewer is a quicker look.", min=1),
-    ] = 25,
+    ] = 12,
     as_json: AsJson = False,
 ):
     """Run the notebooks in order on the bundled model, offline, and print one verdict table.
