@@ -101,6 +101,35 @@ def test_fix_with_nothing_to_fix_says_so(tiny_folder, tmp_path):
     assert json.loads(result.stdout)["chosen"] == "float16 as it is"
 
 
+def test_fix_says_what_is_emulated_and_leaves_nothing_of_an_earlier_model(tiny_folder, tmp_path):
+    assert fix(tiny_folder, "--output", tmp_path).exit_code == 0
+    (tmp_path / "recipe.json").write_text("{}")
+    (tmp_path / "model").mkdir()
+    (tmp_path / "notes.txt").write_text("mine")
+    result = fix(tiny_folder, "--output", tmp_path)
+    assert "emulated float16 arithmetic" in result.stdout
+    assert "emulated float16" in json.loads((tmp_path / "fix.json").read_text())["emulated"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == [
+        "before_after.png", "fix.json", "notes.txt",
+    ]  # fmt: skip
+
+
+def test_fix_cures_no_model_that_float32_cannot_hold(tiny_pipe, tmp_path):
+    with torch.no_grad():
+        tiny_pipe.unet.conv_in.weight.fill_(1e38)
+    tiny_pipe.save_pretrained(tmp_path / "model")
+    result = fix(tmp_path / "model", "--output", tmp_path / "fix")
+    assert result.exit_code == 1 and result.stdout == ""
+    assert "float32 gives NaN" in result.stderr
+    assert not list((tmp_path / "fix").iterdir())
+
+
+def test_fix_refuses_a_folder_that_it_cannot_write_before_it_draws(tiny_folder, tmp_path):
+    (tmp_path / "file").touch()
+    result = fix(tiny_folder, "--output", tmp_path / "file" / "fix")
+    assert result.exit_code == 2 and "cannot be written to" in result.stderr
+
+
 def test_fix_of_nothing_is_one_clear_error(tmp_path):
     result = fix(tmp_path / "nowhere", "--output", tmp_path)
     assert result.exit_code == 2 and "Traceback" not in result.output

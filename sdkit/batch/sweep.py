@@ -24,7 +24,7 @@ from sdkit.batch.scheduling import (
     execute_tasks,
 )
 from sdkit.batch.sheet import save_sheet
-from sdkit.run_folder import replace_file
+from sdkit.run_folder import check_is_writable, replace_file
 from sdkit.validation import ValidationError
 
 SWEEPS_FOLDER = Path("runs/sweeps")
@@ -75,7 +75,7 @@ def run_sweep(
         warm_zygote(find_packages(read_notebook(notebook)), threads)  # while the plan is made
     try:
         plan = make_plan(notebook, grid, here=scheduler is None)
-        folder = _make_folder(output or choose_folder(grid, notebook))
+        folder = check_is_writable(Path(output or choose_folder(grid, notebook)).resolve())
         with lock_folder(folder) as token:
             save_plan(plan, folder)
             _clear(folder, plan, force)
@@ -163,20 +163,6 @@ def _clear(folder, plan, force):
         if done.is_dir() and (force or read_run(done) is None):
             os.rename(done, attempts / f"{run.run_id}.{uuid.uuid4().hex[:8]}")
     shutil.rmtree(attempts, ignore_errors=True)
-
-
-def _make_folder(output):
-    folder = Path(output).resolve()
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        probe = folder / f".{os.getpid()}.probe"
-        probe.touch()
-        probe.unlink()
-    except OSError as error:
-        raise ValidationError(
-            f"{output}: cannot be written ({error.strerror}). Give another --output."
-        ) from error
-    return folder
 
 
 def _find_notebook(notebook):

@@ -41,16 +41,21 @@ def fix(
 ):
     """Find the smallest change with which a model draws right in float16, prove it, and keep it.
 
-    Exits with 1 if nothing cures.
+    Exits with 1 if nothing cures, and where float32 itself is bad.
     """
     from sdkit.diagnosis.model import PROMPT, choose_emulation
+    from sdkit.precision.drawing import BadReferenceError
     from sdkit.precision.fixing import fix_model
 
     emulation = choose_emulation(memory, emulate)
-    found = fix_model(
-        model, prompts or [PROMPT], output, backend="cpu" if emulation else backend,
-        attention=attention, emulation=emulation, seed=seed,
-        num_inference_steps=steps, guidance_scale=guidance,
-    )  # fmt: skip
+    try:
+        found = fix_model(
+            model, prompts or [PROMPT], output, backend="cpu" if emulation else backend,
+            attention=attention, emulation=emulation, seed=seed,
+            num_inference_steps=steps, guidance_scale=guidance,
+        )  # fmt: skip
+    except BadReferenceError as error:
+        typer.echo(error, err=True)
+        raise typer.Exit(BAD) from error
     typer.echo(found.to_json() if as_json else str(found))
     raise typer.Exit(0 if found.chosen else BAD)

@@ -6,6 +6,7 @@ from pathlib import Path
 from sdkit.finetuning.checkpoints import ADAPTER_FILE, FOLDER_NAME, find_last_checkpoint
 from sdkit.finetuning.config import LoRAConfig, read_settings
 from sdkit.finetuning.report import REPORT_FILE
+from sdkit.run_folder import check_is_writable
 from sdkit.validation import ValidationError
 
 CONFIG_FILE = "config.yaml"
@@ -47,25 +48,6 @@ def _check_same_settings(config, path):
                 "run must end where the uninterrupted one would. Leave it, or train anew into "
                 "another folder."
             )
-
-
-def check_is_writable(folder):
-    """Makes the folder, and returns it if a file can be made in it.
-
-    Raises:
-        ValidationError: It cannot be written to.
-    """
-    trial = folder / ".trial.part"
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        trial.touch()
-        trial.unlink()
-    except OSError as error:
-        raise ValidationError(
-            f"{folder}: cannot be written to ({error.strerror}). Expected a folder for the run; "
-            "choose another output_folder."
-        ) from error
-    return folder
 
 
 def clear_run_folder(folder):

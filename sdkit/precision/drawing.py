@@ -13,6 +13,10 @@ from sdkit.guarding import guard
 from sdkit.validation import ValidationError, judge_image
 
 
+class BadReferenceError(ValidationError):
+    """float32 itself draws nothing to compare with: no change of precision cures that."""
+
+
 def draw_images(pipe, prompts, seed, pipe_kwargs) -> np.ndarray | None:
     """Float images (N, H, W, 3) in [0, 1], or None where NaN or Inf arose on the way."""
     try:
@@ -37,17 +41,17 @@ def check_reference(images):
     """Returns the float32 images if they are valid.
 
     Raises:
-        ValidationError: float32 itself is bad, so there is nothing to compare with.
+        BadReferenceError: float32 itself is bad, so there is nothing to compare with.
     """
     if images is None:
-        raise ValidationError(
-            "plan: float32 gives NaN or Inf as well, so precision is not the cause. "
+        raise BadReferenceError(
+            "reference: float32 gives NaN or Inf as well, so precision is not the cause. "
             "Run sdkit.diagnose."
         )
     for index, image in enumerate(images):
         verdict = judge_image(image)
         if not verdict.valid:
-            raise ValidationError(f"plan: float32's image {index} is bad: {verdict.message}")
+            raise BadReferenceError(f"reference: float32's image {index} is bad: {verdict.message}")
     return images
 
 

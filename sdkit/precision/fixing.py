@@ -1,6 +1,7 @@
 """`sdkit fix`: climbs the ladder until a rung is proven, and writes what it takes to stay there."""
 
 import json
+import shutil
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -8,13 +9,19 @@ from pathlib import Path
 import torch
 
 from sdkit.attention import allow_unsafe_attention
+from sdkit.emulate import active as find_emulation
 from sdkit.figures import plot_images, save_figure
 from sdkit.generation.record import plain
 from sdkit.loading import load_pipeline
 from sdkit.loading.recipe import mixed_precision
+from sdkit.precision.drawing import low_arithmetic
 from sdkit.precision.ladder import Rung, climb
 from sdkit.precision.rungs import HOW, rebalanced
-from sdkit.run_folder import replace_file
+from sdkit.run_folder import check_is_writable, replace_file
+
+FIX_NAME, RECIPE_NAME, PICTURE_NAME, MODEL_NAME = (
+    "fix.json", "recipe.json", "before_after.png", "model",
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -26,17 +33,21 @@ class Fix:
         chosen: The first that is proven, or None.
         how: The line to type; "" if nothing cures.
         folder: Where the recipe or the model and the picture are.
+        emulated: What was emulated; None on a device that computes in float16 itself.
     """
 
     rungs: tuple[Rung, ...]
     chosen: Rung | None
     how: str
     folder: Path
+    emulated: str | None = None
 
     def __str__(self):
         """One line a rung, then what to do."""
         width = max(len(rung.name) for rung in self.rungs)
         lines = [f"{rung.name:{width}}  {tell(rung)}" for rung in self.rungs]
+        if self.emulated:
+            lines += ["", f"{self.emulated}: numbers, never seconds or memory"]
         if self.chosen is None:
             return "\n".join([*lines, "", "nothing cures it: run sdkit diagnose"])
         return "\n".join([*lines, "", f"do this: {self.how}", f"written to {self.folder}"])
@@ -47,6 +58,7 @@ class Fix:
             "rungs": [rung.to_row() for rung in self.rungs],
             "chosen": self.chosen and self.chosen.name,
             "how": self.how,
+            "emulated": self.emulated,
         }
         return json.dumps(plain(content), indent=2) + "\n"
 
@@ -89,9 +101,10 @@ def fix_model(
         A Fix; `chosen` is None if no rung is proven.
 
     Raises:
-        ValidationError: The model cannot be loaded, or float32 itself is bad.
+        ValidationError: The folder cannot be written to, the model cannot be loaded, or float32
+            itself is bad.
     """
-    folder = Path(output_folder)
+    folder = check_is_writable(output_folder)
     with allow_unsafe_attention():  # it is what is to be fixed
         pipe, _ = load_pipeline(
             model, backend=backend, dtype="float32", attention=attention, progress=progress
@@ -101,19 +114,30 @@ def fix_model(
             rungs = climb(
                 pipe, prompts, seed=seed, stop_when_proven=True, progress=progress, **pipe_kwargs
             )
+            with low_arithmetic(pipe):
+                emulated = find_emulation()
     chosen = rungs[-1] if rungs[-1].is_proven else None
-    folder.mkdir(parents=True, exist_ok=True)
+    remove_earlier(folder)
     how = HOW[chosen.name].replace("{folder}", str(folder)) if chosen else ""
     if chosen and chosen.recipe:
-        chosen.recipe.save(folder / "recipe.json")
+        chosen.recipe.save(folder / RECIPE_NAME)
     if chosen and chosen.name == "rebalanced float16":
         with rebalanced(pipe), mixed_precision(pipe, [], torch.float16):
-            pipe.save_pretrained(folder / "model")
-    save_figure(plot_before_after(rungs[0], chosen), folder / "before_after.png")
-    fix = Fix(tuple(rungs), chosen, how, folder)
-    with replace_file(folder / "fix.json") as temporary:
+            pipe.save_pretrained(folder / MODEL_NAME)
+    save_figure(plot_before_after(rungs[0], chosen), folder / PICTURE_NAME)
+    fix = Fix(tuple(rungs), chosen, how, folder, emulated)
+    with replace_file(folder / FIX_NAME) as temporary:  # last: what has it is whole
         temporary.write_text(fix.to_json())
     return fix
+
+
+def remove_earlier(folder):
+    """Removes what an earlier fix left there, or one might follow the recipe of another model."""
+    if not (folder / FIX_NAME).exists():
+        return
+    for name in (FIX_NAME, RECIPE_NAME, PICTURE_NAME):
+        (folder / name).unlink(missing_ok=True)
+    shutil.rmtree(folder / MODEL_NAME, ignore_errors=True)
 
 
 def plot_before_after(before: Rung, after: Rung | None):
