@@ -36,11 +36,11 @@ def sdkit(*arguments):
     return CliRunner().invoke(app, [str(argument) for argument in arguments])
 
 
-def start_sweep(notebook, grid, **arguments):
+def start_sweep(notebook, grid, stderr=subprocess.DEVNULL, **arguments):
     """A sweep in a process of its own, to be killed."""
     command = [sys.executable, "-c", SWEEP, json.dumps([str(notebook), grid])]
     arguments = json.dumps({name: str(value) for name, value in arguments.items()})
-    return subprocess.Popen([*command, arguments], stderr=subprocess.DEVNULL)
+    return subprocess.Popen([*command, arguments], stderr=stderr, text=True)
 
 
 def wait_until(condition, seconds=90):
@@ -315,7 +315,7 @@ def test_where_nothing_can_be_forked_kernels_start_from_nothing(tmp_path, marks,
 
 @contextmanager
 def dask_cluster(folder, workers):
-    """A scheduler and workers started as by hand; yields its address and the worker processes."""
+    """A scheduler and workers started as by hand; yields its address and the processes."""
     where = folder / "scheduler.json"
     quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL, "cwd": folder}
     dask = [sys.executable, "-m", "dask"]
@@ -334,7 +334,7 @@ def dask_cluster(folder, workers):
             )
             for _ in range(workers)
         ]  # fmt: skip
-        yield json.loads(where.read_text())["address"], started[1:]
+        yield json.loads(where.read_text())["address"], started
     finally:
         for process in started:
             process.kill()
@@ -346,7 +346,7 @@ def test_a_scheduler_and_two_workers_one_of_them_killed_in_the_middle(tmp_path):
     marks.mkdir()
     notebook = write_slow(tmp_path / "n.ipynb", marks, 1.0)
     grid, output = {"grid": {"number": [1, 2, 3, 4, 5, 6]}}, tmp_path / "out"
-    with dask_cluster(tmp_path, 2) as (address, workers):
+    with dask_cluster(tmp_path, 2) as (address, (scheduler, *workers)):
         sweep = start_sweep(notebook, grid, output=output, scheduler=address)
         wait_until(lambda: len(list(output.glob("runs/*"))) >= 2)
         workers[0].kill()
@@ -365,6 +365,17 @@ def test_a_scheduler_and_two_workers_one_of_them_killed_in_the_middle(tmp_path):
         kernels = psutil.Process(workers[1].pid)
         wait_until(lambda: len(kernels.children(recursive=True)) <= 1, seconds=15)
         assert not any("e" in read_marks(marks).get(f"run_{n}", "") for n in (11, 12, 13))
+        # A scheduler that goes away is an error, and what is done stays done.
+        more = {"grid": {"number": [21, 22]}, "fixed": {"seconds": 1.0}}
+        sweep = start_sweep(
+            notebook, more, output=output, scheduler=address, stderr=subprocess.PIPE
+        )
+        wait_until(lambda: "e" in read_marks(marks).get("run_21", ""))
+        wait_until(lambda: "run_22" in read_marks(marks))
+        scheduler.kill()
+        _, told = sweep.communicate(timeout=60)
+        assert sweep.returncode == 1 and "the Dask scheduler is gone" in told
+        assert load_results(output).set_index("number").loc[21, "status"] == "done"
 
 
 def test_schedulers_that_cannot_be_used(tmp_path, marks, monkeypatch):

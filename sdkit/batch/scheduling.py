@@ -4,6 +4,7 @@ A device (MPS, CUDA) is the resource "accelerator": as many notebooks use it at 
 offer it. Workers that are started by hand offer it with `--resources accelerator=1`.
 """
 
+import logging
 import os
 from contextlib import contextmanager
 
@@ -47,6 +48,9 @@ def connect(scheduler, *, jobs, has_device):
         with cluster, Client(cluster, set_as_default=False) as client:
             yield client
         return
+    # A scheduler that goes away is told in a sentence, not in the traceback of the reconnection.
+    logging.getLogger("distributed.client").setLevel(logging.CRITICAL)
+    logging.getLogger("distributed.utils").setLevel(logging.CRITICAL)
     try:
         client = Client(scheduler, timeout=CONNECT_SECONDS, set_as_default=False)
     except (OSError, ValueError) as error:
@@ -92,8 +96,12 @@ def execute_tasks(client, tasks, needs_accelerator):
         client: Of `connect`.
         tasks: What `execute_run` takes.
         needs_accelerator: One bool each.
+
+    Raises:
+        ValidationError: The scheduler went away.
     """
     from dask.distributed import as_completed
+    from distributed.client import FutureCancelledError
 
     futures = [
         client.submit(
@@ -104,7 +112,14 @@ def execute_tasks(client, tasks, needs_accelerator):
     ]  # fmt: skip
     task_of = {future.key: task for future, task in zip(futures, tasks, strict=True)}
     for future in as_completed(futures, loop=client.loop):
-        yield task_of[future.key], *_read_result(future)
+        try:
+            result = _read_result(future)
+        except FutureCancelledError as error:
+            raise ValidationError(
+                f"{client.scheduler.address}: the Dask scheduler is gone. What is done is kept; "
+                "start a scheduler, and the same sweep again."
+            ) from error
+        yield task_of[future.key], *result
 
 
 def _read_result(future):
