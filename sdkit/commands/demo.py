@@ -18,9 +18,11 @@ def demo(
         ),
     ] = Path("runs/demo"),
     steps: Annotated[
-        int,
-        typer.Option(metavar="N", help="Denoising steps an image; fewer is a quicker look.", min=1),
-    ] = 12,
+        int | None,
+        typer.Option(
+            metavar="N", help="Denoising steps an image; by default what each notebook says.", min=1
+        ),
+    ] = None,
     as_json: AsJson = False,
 ):
     """Run the notebooks in order on the bundled model, offline, and print one verdict table.
@@ -29,7 +31,7 @@ def demo(
     """
     from sdkit.demo import format_table, run_demo
 
-    runs = run_demo(output, parameters={"num_inference_steps": steps})
+    runs = run_demo(output, parameters={"num_inference_steps": steps} if steps else {})
     if as_json:
         typer.echo(json.dumps([asdict(run) for run in runs], indent=2))
     else:
