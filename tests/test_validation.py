@@ -9,6 +9,7 @@ import pytest
 import torch
 from PIL import Image, ImageFile
 
+from sdkit import verdict as verdict_module
 from sdkit.validation import (
     ValidationError,
     check_finite,
@@ -262,3 +263,61 @@ def test_a_bomb_is_not_unpacked_where_pillow_was_told_to(tmp_path, monkeypatch):
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", None)
     (tmp_path / "bomb.png").write_bytes(png_header(60_000, 60_000))
     assert judge_image_file(tmp_path / "bomb.png").problem == "too-large"
+
+
+HALF_A_STEP = 0.5 / 255
+
+
+@pytest.mark.parametrize("low", [-HALF_A_STEP, 0.0])
+@pytest.mark.parametrize("high", [1.0, 1 + HALF_A_STEP])
+def test_half_a_step_of_8_bits_beyond_the_range_is_rounding(low, high):
+    image = GOOD.astype(np.float64)
+    image[0, 0, 0], image[0, 0, 1] = low, high
+    verdict = judge_image(image)
+    assert (verdict.valid, verdict.minimum, verdict.maximum) == (True, low, high)
+
+
+@pytest.mark.parametrize("value", [-HALF_A_STEP * 1.002, 1 + HALF_A_STEP * 1.002])
+def test_more_than_that_is_out_of_range_and_counted(value):
+    image = GOOD.astype(np.float64)
+    image[0, 0] = value
+    image[0, 1] = -HALF_A_STEP, 1 + HALF_A_STEP, 0.0  # these are not
+    verdict = judge_image(image)
+    assert verdict.problem == "out-of-range"
+    assert verdict.message.startswith(f"3 of {image.size} values are outside")
+
+
+def test_a_picture_of_the_extremes_alone_is_one():
+    checkers = np.indices((4, 6)).sum(0) % 2
+    for image in (checkers.astype(np.float32), np.uint8(checkers * 255)):
+        verdict = judge_image(image)
+        assert verdict.valid and (verdict.nan_count, verdict.inf_count) == (0, 0)
+    assert judge_image(Image.fromarray((checkers * 65535).astype(np.uint16))).maximum == 1
+
+
+def test_a_picture_in_blue_alone_is_one_with_alpha_too():
+    image = np.zeros((4, 6, 4), np.uint8)
+    image[:, :, 3] = 255
+    image[:2, :, 2] = 200
+    assert judge_image(image).valid
+    assert judge_image(Image.fromarray(image)).valid
+
+
+def test_two_pixels_a_side_are_enough():
+    assert judge_image(GOOD[:2, :2]).valid
+    assert judge_image(Image.fromarray(np.uint8(GOOD[:2, :2] * 255))).valid
+
+
+def test_black_pixels_are_counted():
+    message = judge_image(np.zeros((16, 24, 3), np.uint8)).message
+    assert message.startswith(f"all {16 * 24} pixels are black")
+
+
+def test_a_file_of_the_most_pixels_is_unpacked_and_none_of_more(tmp_path, monkeypatch):
+    assert verdict_module.MAXIMUM_PIXELS * 3 <= 2**28 < (verdict_module.MAXIMUM_PIXELS + 1) * 3
+    path = tmp_path / "image.png"
+    Image.fromarray(np.uint8(GOOD * 255)).save(path)
+    monkeypatch.setattr(verdict_module, "MAXIMUM_PIXELS", 16 * 24)
+    assert judge_image_file(path).valid
+    monkeypatch.setattr(verdict_module, "MAXIMUM_PIXELS", 16 * 24 - 1)
+    assert judge_image_file(path).problem == "too-large"
