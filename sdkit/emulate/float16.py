@@ -108,8 +108,7 @@ def widen(value, half, dtype):
     """Lift tensors of a half, lists of them, and that dtype as an argument to `dtype`.
 
     An integer tensor of an elementwise op (work dtype float64) is first rounded to the half, as
-    promotion does: 70000 is inf in float16.
-    Integers of other ops are indices and counts.
+    promotion does: 70000 is inf in float16. Integers of other ops are indices and counts.
     """
     if isinstance(value, torch.Tensor):
         is_whole = not (value.is_floating_point() or value.is_complex())
