@@ -64,7 +64,10 @@ def made_up(tmp_path):
     folder.mkdir(parents=True)
     shutil.copy(FOLDER / "run.py", folder)
     for name, ratio, limit in (("slow", 1.5, "<= 1.03"), ("free", 0.1, "")):
-        row = {"benchmark": name, "case": "made up", "ratio": ratio, "limit": limit}
+        row = {
+            "benchmark": name, "case": "made up", "baseline": "theirs", "ours": "ours",
+            "ratio": ratio, "limit": limit,
+        }  # fmt: skip
         (folder / f"bench_{name}.py").write_text(f"def measure():\n    return [{row!r}]\n")
     return folder
 
@@ -83,8 +86,19 @@ def test_the_exit_status_tells_a_broken_limit(made_up, arguments, status, said):
     run = subprocess.run(command, capture_output=True, text=True, check=False)
     assert (run.returncode, said in run.stderr) == (status, True), run.stderr
     csv_path = made_up.parent.parent / "figures" / "benchmarks.csv"
-    assert csv_path.exists() == (arguments == ())
-    if not arguments:
+    assert csv_path.exists() == (status < 2)
+    if status == 1:
         table = pd.read_csv(csv_path, keep_default_na=False).set_index("benchmark")
         assert table[["limit", "within"]].loc["slow"].tolist() == ["<= 1.03", "no"]
         assert table[["limit", "within"]].loc["free"].tolist() == ["", ""]
+
+
+def test_one_benchmark_alone_replaces_its_own_rows(made_up):
+    csv_path = made_up.parent.parent / "figures" / "benchmarks.csv"
+    command = [sys.executable, made_up / "run.py"]
+    subprocess.run(command, capture_output=True, check=False)
+    free = made_up / "bench_free.py"
+    free.write_text(free.read_text().replace("0.1", "0.2"))
+    subprocess.run([*command, "--only", "free"], capture_output=True, check=True)
+    table = pd.read_csv(csv_path).set_index("benchmark")
+    assert table["ratio"].to_dict() == {"slow": 1.5, "free": 0.2}

@@ -17,11 +17,12 @@ import pandas as pd
 
 HERE = Path(__file__).parent
 CSV_PATH = HERE.parent.parent / "figures" / "benchmarks.csv"
+WHAT = ["benchmark", "case", "baseline", "ours"]  # a row of the CSV is replaced by a newer one
 RELATIONS = {"<=": operator.le, ">=": operator.ge}
 
 
 def main() -> None:
-    """Runs `measure()` of every `bench_*.py`, or of one: then the CSV is left alone."""
+    """Runs `measure()` of every `bench_*.py`, or of one: the other rows of the CSV stay."""
     names = [path.stem.removeprefix("bench_") for path in sorted(HERE.glob("bench_*.py"))]
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--only", choices=names, metavar="NAME", help=", ".join(names))
@@ -31,12 +32,19 @@ def main() -> None:
         print(f"{name} ...", file=sys.stderr)
         rows += importlib.import_module(f"bench_{name}").measure()
     table = make_table(rows)
-    if not only:
-        CSV_PATH.parent.mkdir(exist_ok=True)
-        table.to_csv(CSV_PATH, index=False, float_format="%.5g")
+    save_table(table, keep_others=bool(only))
     print(table.to_string(index=False, na_rep="", float_format="{:.4g}".format))
     broken = find_broken_limits(table)
     sys.exit("\n".join(broken) or None)  # a text is printed, and makes the status 1
+
+
+def save_table(table, path=CSV_PATH, *, keep_others):
+    """Writes the CSV; with `keep_others` the rows that it has and `table` has not stay."""
+    path.parent.mkdir(exist_ok=True)
+    if keep_others and path.exists():
+        table = pd.concat([pd.read_csv(path), table])
+        table = table[~table.duplicated(WHAT, keep="last")]
+    table.to_csv(path, index=False, float_format="%.5g")
 
 
 def make_table(rows):
