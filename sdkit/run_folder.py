@@ -6,8 +6,6 @@ import shutil
 from contextlib import contextmanager
 from pathlib import Path
 
-from sdkit.validation import ValidationError
-
 PARTIAL_ENDING = ".partial"
 VERDICTS_NAME = "verdicts.json"
 METRICS_NAME = "metrics.json"
@@ -23,25 +21,6 @@ def replace_file(path):
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
-
-
-def check_is_writable(folder) -> Path:
-    """Makes a folder, and returns it if a file can be made in it: before an hour of work.
-
-    Raises:
-        ValidationError: It cannot be written to.
-    """
-    folder = Path(folder)
-    trial = folder / f".{os.getpid()}.part"
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        trial.touch()
-        trial.unlink()
-    except OSError as error:
-        raise ValidationError(
-            f"{folder}: cannot be written to ({error.strerror}). Choose another output folder."
-        ) from error
-    return folder
 
 
 def begin_run(output_folder) -> Path:

@@ -1,9 +1,10 @@
-"""Checks that return their input unchanged or raise: finite tensors, valid images.
+"""Checks that return their input unchanged or raise: finite tensors, valid images, folders.
 
 What is wrong with an image is judged in `verdict.py`; here a bad verdict becomes an error.
 """
 
 import math
+import os
 from pathlib import Path
 
 import numpy as np
@@ -16,6 +17,7 @@ __all__ = [
     "check_finite",
     "check_image",
     "check_image_file",
+    "check_is_writable",
     "count_nonfinite",
     "is_finite",
     "judge_image",
@@ -141,3 +143,22 @@ def check_image_file(path):
     if not verdict.valid:
         raise ValidationError(f"{path}: {verdict.message}")
     return Path(path)
+
+
+def check_is_writable(folder) -> Path:
+    """Makes a folder, and returns it if a file can be made in it: before an hour of work.
+
+    Raises:
+        ValidationError: It cannot be written to.
+    """
+    folder = Path(folder)
+    trial = folder / f".{os.getpid()}.part"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        trial.touch()
+        trial.unlink()
+    except OSError as error:
+        raise ValidationError(
+            f"{folder}: cannot be written to ({error.strerror}). Choose another output folder."
+        ) from error
+    return folder

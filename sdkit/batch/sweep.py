@@ -24,8 +24,8 @@ from sdkit.batch.scheduling import (
     execute_tasks,
 )
 from sdkit.batch.sheet import save_sheet
-from sdkit.run_folder import check_is_writable, replace_file
-from sdkit.validation import ValidationError
+from sdkit.run_folder import replace_file
+from sdkit.validation import ValidationError, check_is_writable
 
 SWEEPS_FOLDER = Path("runs/sweeps")
 

@@ -6,8 +6,7 @@ from pathlib import Path
 from sdkit.finetuning.checkpoints import ADAPTER_FILE, FOLDER_NAME, find_last_checkpoint
 from sdkit.finetuning.config import LoRAConfig, read_settings
 from sdkit.finetuning.report import REPORT_FILE
-from sdkit.run_folder import check_is_writable
-from sdkit.validation import ValidationError
+from sdkit.validation import ValidationError, check_is_writable
 
 CONFIG_FILE = "config.yaml"
 IMAGES_NAME = "validation_images"

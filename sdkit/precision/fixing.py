@@ -17,7 +17,8 @@ from sdkit.loading.recipe import mixed_precision
 from sdkit.precision.drawing import low_arithmetic
 from sdkit.precision.ladder import Rung, climb
 from sdkit.precision.rungs import HOW, rebalanced
-from sdkit.run_folder import check_is_writable, replace_file
+from sdkit.run_folder import replace_file
+from sdkit.validation import check_is_writable
 
 FIX_NAME, RECIPE_NAME, PICTURE_NAME, MODEL_NAME = (
     "fix.json", "recipe.json", "before_after.png", "model",
