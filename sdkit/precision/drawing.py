@@ -68,3 +68,9 @@ def low_arithmetic(pipe):
     """Emulated halves where the device would take minutes for them: on a CPU."""
     is_slow = pipe._execution_device.type == "cpu"
     return float16_arithmetic() if is_slow and not find_emulation() else nullcontext()
+
+
+def describe_arithmetic(pipe) -> str | None:
+    """Which emulation `low_arithmetic` computes under, or the one around it; None where none is."""
+    with low_arithmetic(pipe):
+        return find_emulation()

@@ -9,20 +9,20 @@ from pathlib import Path
 import torch
 
 from sdkit.attention import allow_unsafe_attention
-from sdkit.emulate import active as find_emulation
 from sdkit.figures import plot_images, save_figure
 from sdkit.generation.record import plain
 from sdkit.loading import load_pipeline
 from sdkit.loading.recipe import mixed_precision
-from sdkit.precision.drawing import low_arithmetic
+from sdkit.precision.drawing import describe_arithmetic
 from sdkit.precision.ladder import Rung, climb
 from sdkit.precision.rungs import HOW, rebalanced
 from sdkit.run_folder import replace_file
 from sdkit.validation import check_is_writable
 
-FIX_NAME, RECIPE_NAME, PICTURE_NAME, MODEL_NAME = (
-    "fix.json", "recipe.json", "before_after.png", "model",
-)  # fmt: skip
+FIX_NAME = "fix.json"
+RECIPE_NAME = "recipe.json"
+PICTURE_NAME = "before_after.png"
+MODEL_NAME = "model"
 
 
 @dataclass(frozen=True)
@@ -115,8 +115,7 @@ def fix_model(
             rungs = climb(
                 pipe, prompts, seed=seed, stop_when_proven=True, progress=progress, **pipe_kwargs
             )
-            with low_arithmetic(pipe):
-                emulated = find_emulation()
+            emulated = describe_arithmetic(pipe)
     chosen = rungs[-1] if rungs[-1].is_proven else None
     remove_earlier(folder)
     how = HOW[chosen.name].replace("{folder}", str(folder)) if chosen else ""

@@ -11,7 +11,6 @@ from contextlib import ExitStack, contextmanager
 import torch
 from tqdm.auto import tqdm
 
-from sdkit.emulate import active as find_emulation
 from sdkit.finding import find_tensors
 from sdkit.guarding import unguarded
 from sdkit.loading.dtype_policy import DTYPES
@@ -25,7 +24,12 @@ from sdkit.loading.recipe import (
     take_fingerprint,
     weight_of,
 )
-from sdkit.precision.drawing import check_reference, draw_images, low_arithmetic, measure_psnr
+from sdkit.precision.drawing import (
+    check_reference,
+    describe_arithmetic,
+    draw_images,
+    measure_psnr,
+)
 from sdkit.precision.rounding import GRIDS, MORE_GRIDS, rounded_significands
 from sdkit.precision.search import CHANCE_DB, Search, count_bisect_trials
 from sdkit.precision.trials import Trials
@@ -133,7 +137,7 @@ def plan_precision(
         made_on={
             "device": str(pipe._execution_device),
             "torch": torch.__version__,
-            "emulated": find_emulation() or describe_own_emulation(pipe),
+            "emulated": describe_arithmetic(pipe),
         },
     )
 
@@ -149,11 +153,6 @@ def measure_healthy_db(pipe, draw, reference, dtype, grids=GRIDS) -> float:
         with in_float32(pipe), rounded_significands(models, dtype, grid):
             reached.append(measure_psnr(draw(), reference))
     return min(reached)
-
-
-def describe_own_emulation(pipe) -> str | None:
-    with low_arithmetic(pipe):
-        return find_emulation()
 
 
 @contextmanager

@@ -58,10 +58,10 @@ class Search:
 
         Args:
             layers: All, the most endangered first.
-            beyond: The head of that list whose numbers the dtype cannot hold: hardly to be
-                dropped, so each of them is tried alone and last.
             endangered: Heads of that list by headroom, growing.
             tiers: Where to look if none of these suffices: the VAE, attention, both.
+            beyond: The head of `layers` whose numbers the dtype cannot hold: hardly to be dropped,
+                so each of them is tried alone and last.
 
         Raises:
             ValidationError: Nothing less than everything suffices, or not even that.

@@ -38,13 +38,13 @@ def main() -> None:
     sys.exit("\n".join(broken) or None)  # a text is printed, and makes the status 1
 
 
-def save_table(table, path=CSV_PATH, *, keep_others):
+def save_table(table, *, keep_others):
     """Writes the CSV; with `keep_others` the rows that it has and `table` has not stay."""
-    path.parent.mkdir(exist_ok=True)
-    if keep_others and path.exists():
-        table = pd.concat([pd.read_csv(path), table])
+    CSV_PATH.parent.mkdir(exist_ok=True)
+    if keep_others and CSV_PATH.exists():
+        table = pd.concat([pd.read_csv(CSV_PATH), table])
         table = table[~table.duplicated(WHAT, keep="last")]
-    table.to_csv(path, index=False, float_format="%.5g")
+    table.to_csv(CSV_PATH, index=False, float_format="%.5g")
 
 
 def make_table(rows):
