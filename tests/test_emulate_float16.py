@@ -122,6 +122,34 @@ def test_native_float16_agrees_bit_for_bit_where_it_is_correct(function):
     assert_same(result, function(a, b))
 
 
+@pytest.mark.parametrize("function", [torch.add, torch.sub, torch.mul, torch.div])
+def test_every_value_with_many_others_is_rounded_once(function):
+    values = make_all_values()
+    generator = torch.Generator().manual_seed(2)
+    others = values[torch.randint(len(values), (8,), generator=generator)]
+    for other in [*others, *torch.tensor(SPECIAL, dtype=torch.float16)]:
+        other = other.reshape(1)
+        with float16_arithmetic():
+            result = function(values, other)
+            number = function(values, other.item())
+            written = values.clone()
+            getattr(written, f"{function.__name__}_")(other)
+        expected = round_exactly(function(values.double(), other.double()))
+        for seen in (result, number, written):
+            assert_same(seen, expected)
+
+
+@pytest.mark.parametrize("function", [torch.add, torch.sub])
+def test_a_factor_within_a_sum_is_not_rounded_on_its_own(function):
+    values = make_all_values()
+    with float16_arithmetic():
+        result = function(values, values.flip(0), alpha=0.1)
+        doubled = function(values, values.flip(0), alpha=3)
+    for seen, alpha in ((result, 0.1), (doubled, 3)):
+        wide = function(values.double(), values.flip(0).double(), alpha=alpha)
+        assert_same(seen, round_exactly(wide))
+
+
 def test_numbers_are_compared_in_float16_as_natively():
     x = torch.tensor([0.1, 65504.0, float("nan")], dtype=torch.float16)
     with float16_arithmetic():

@@ -1,6 +1,8 @@
 """float16 and bfloat16 on the CPU: their storage, range and rounding; wide sums; usable speed."""
 
+import struct
 from contextlib import contextmanager
+from functools import lru_cache
 
 import torch
 
@@ -51,7 +53,7 @@ def compute(func, args, kwargs):
     """Run one aten op: natively, or widened and rounded once if its dtype is a half."""
     rule = find_rule(func)
     half = None if rule.exact else find_half(rule, args, kwargs)
-    if half is None or (half is torch.bfloat16 and rule.work_dtype is torch.float64):
+    if half is None or is_native(rule, half, args, kwargs):
         return func(*args, **kwargs)
     wide_args = [widen(value, half, rule.work_dtype) for value in args]
     wide_kwargs = {name: widen(value, half, rule.work_dtype) for name, value in kwargs.items()}
@@ -60,6 +62,28 @@ def compute(func, args, kwargs):
         original, wide = pick(key, args, kwargs), pick(key, wide_args, wide_kwargs)
         write_back(original, wide, half)
     return finish(result, rule, half, args, kwargs)
+
+
+def is_native(rule: Rule, half, args, kwargs) -> bool:
+    """Whether torch's own kernel is what the emulation promises: one rounding, or bfloat16's."""
+    if half is torch.bfloat16:
+        return rule.work_dtype is torch.float64
+    return (
+        rule.innocuous
+        and not kwargs
+        and all(
+            value.dtype is half if isinstance(value, torch.Tensor) else is_float16(value)
+            for value in args
+        )
+    )  # with alpha= it would be two operations
+
+
+@lru_cache(maxsize=1024)
+def is_float16(value) -> bool:
+    """Whether float16 holds a Python number exactly."""
+    if isinstance(value, complex) or abs(value) > 65504:
+        return False
+    return struct.unpack("e", struct.pack("e", value))[0] == value
 
 
 def find_half(rule: Rule, args, kwargs) -> torch.dtype | None:

@@ -22,6 +22,13 @@ EXACT_OPS = frozenset({
 })
 # fmt: on
 
+# Of float16 operands these round once in native torch too: float32, in which it computes them, has
+# 24 bits of significand, and 2 * 11 + 2 make its own rounding harmless to the second one.
+# Figueroa, "When is double rounding innocuous?", 1995.
+INNOCUOUS_OPS = frozenset(
+    f"aten::{name}{in_place}" for name in ("add", "sub", "mul", "div") for in_place in ("", "_")
+)
+
 # These write arguments that their schema does not mark as written.
 UNDECLARED_WRITES = {
     "native_batch_norm": ("running_mean", "running_var"),
@@ -45,6 +52,7 @@ class Rule:
         returns: For each return the argument it aliases (a key of `written`), or None if new.
         float32_returns: Positions of returns that stay float32.
         takes_float32: Whether float32 arguments belong beside float16 ones in a float16 call.
+        innocuous: Whether native torch is right for it where every operand is a float16 number.
     """
 
     exact: bool
@@ -54,6 +62,7 @@ class Rule:
     returns: tuple[int | str | None, ...]
     float32_returns: tuple[int, ...]
     takes_float32: bool
+    innocuous: bool
 
 
 @cache
@@ -76,6 +85,7 @@ def find_rule(func) -> Rule:
         returns=tuple(find_aliased(value, written) for value in schema.returns),
         float32_returns=FLOAT32_RETURNS.get(name, ()),
         takes_float32=name in FLOAT32_ARGUMENTS,
+        innocuous=schema.name in INNOCUOUS_OPS and schema.overload_name == "Tensor",
     )
 
 
