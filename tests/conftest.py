@@ -7,6 +7,7 @@ if "PYTEST_XDIST_WORKER" in os.environ:  # as many workers as cores: each takes 
     os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import pytest
+import torch
 from tiny_pipelines import build_tiny_pipe, write_tokenizer
 
 
@@ -20,6 +21,13 @@ def tokenizer_folder(tmp_path_factory):
 def tiny_pipe(tokenizer_folder):
     """A fresh tiny StableDiffusionPipeline: a test may plant any fault in it."""
     return build_tiny_pipe(tokenizer_folder)
+
+
+@pytest.fixture
+def compilable_pipe(tiny_pipe):
+    """A tiny pipeline to compile: torch marks code that ran under an emulation as not to be."""
+    torch.compiler.reset()
+    return tiny_pipe
 
 
 @pytest.fixture(scope="session")

@@ -272,12 +272,11 @@ def test_a_table_that_is_bad_by_nature_is_not_blamed(tiny_pipe):
     assert found.cause == "range-overflow" and found.module is None
 
 
-def test_a_fullgraph_compiled_unet_is_diagnosed(tiny_pipe):
-    torch.compiler.reset()  # what ran under an emulation is marked as not to be compiled
+def test_a_fullgraph_compiled_unet_is_diagnosed(compilable_pipe):
     with torch.no_grad():
-        tiny_pipe.unet.get_submodule("mid_block.resnets.0.conv1").weight[0] = NAN
-    tiny_pipe.unet = torch.compile(tiny_pipe.unet, backend="eager", fullgraph=True)
-    diagnosis = diagnose(tiny_pipe, "a shoe", prove=True, **FAST)
+        compilable_pipe.unet.get_submodule("mid_block.resnets.0.conv1").weight[0] = NAN
+    compilable_pipe.unet = torch.compile(compilable_pipe.unet, backend="eager", fullgraph=True)
+    diagnosis = diagnose(compilable_pipe, "a shoe", prove=True, **FAST)
     assert (diagnosis.module, diagnosis.cause, diagnosis.proven) == (CONV, "bad-weights", True)
 
 

@@ -419,27 +419,27 @@ def test_lora_layers(tiny_pipe):
     assert (find(tiny_pipe).stage, find(tiny_pipe).step) == ("unet", 0)
 
 
-def test_compiled_as_a_wrapper(tiny_pipe):
-    tiny_pipe.unet = torch.compile(tiny_pipe.unet, backend="eager")
-    tiny_pipe.vae = torch.compile(tiny_pipe.vae, backend="eager")
-    with guard(tiny_pipe) as report:
-        run(tiny_pipe)
+def test_compiled_as_a_wrapper(compilable_pipe):
+    compilable_pipe.unet = torch.compile(compilable_pipe.unet, backend="eager")
+    compilable_pipe.vae = torch.compile(compilable_pipe.vae, backend="eager")
+    with guard(compilable_pipe) as report:
+        run(compilable_pipe)
     assert report.calls == {"text_encoder": 2, "unet": STEPS + 1, "vae.decode": 1}
-    tiny_pipe.unet.conv_out.bias.data[0] = NAN
-    assert find(tiny_pipe).stage == "unet"
+    compilable_pipe.unet.conv_out.bias.data[0] = NAN
+    assert find(compilable_pipe).stage == "unet"
 
 
-def test_compiled_in_place(tiny_pipe):
+def test_compiled_in_place(compilable_pipe):
     """fullgraph refuses what a forward hook would break; the compiled code must be left alone."""
-    tiny_pipe.unet.compile(backend="eager", fullgraph=True)
-    tiny_pipe.vae.decode = torch.compile(tiny_pipe.vae.decode, backend="eager")
-    before = (tiny_pipe.unet._compiled_call_impl, tiny_pipe.vae.decode)
-    run(tiny_pipe)
-    tiny_pipe.vae.decoder.conv_out.bias.data[0] = NAN
-    assert find(tiny_pipe).stage == "vae"
-    tiny_pipe.unet.conv_out.bias.data[0] = NAN
-    assert find(tiny_pipe).stage == "unet"
-    assert (tiny_pipe.unet._compiled_call_impl, tiny_pipe.vae.decode) == before
+    compilable_pipe.unet.compile(backend="eager", fullgraph=True)
+    compilable_pipe.vae.decode = torch.compile(compilable_pipe.vae.decode, backend="eager")
+    before = (compilable_pipe.unet._compiled_call_impl, compilable_pipe.vae.decode)
+    run(compilable_pipe)
+    compilable_pipe.vae.decoder.conv_out.bias.data[0] = NAN
+    assert find(compilable_pipe).stage == "vae"
+    compilable_pipe.unet.conv_out.bias.data[0] = NAN
+    assert find(compilable_pipe).stage == "unet"
+    assert (compilable_pipe.unet._compiled_call_impl, compilable_pipe.vae.decode) == before
 
 
 @pytest.fixture
