@@ -90,6 +90,11 @@ def test_targets(tiny_pipe, tmp_path, targets, expected):
     assert {name.split(".lora_")[0].split(".")[-1] for name in parameters} == expected
 
 
+def test_a_rank_that_no_layer_is_wide_enough_for(tiny_pipe, tmp_path):
+    with pytest.raises(ValidationError, match="rank=65: the widest of the unet's layers has 64"):
+        add_adapter(tiny_pipe, make_config(tmp_path, rank=65))
+
+
 def test_other_pipelines_are_refused(tokenizer_folder, tmp_path):
     with pytest.raises(ValidationError, match="StableDiffusionXLPipeline: cannot be trained"):
         add_adapter(build_tiny_xl_pipe(tokenizer_folder), make_config(tmp_path))

@@ -1,6 +1,7 @@
 import json
 import os
 import sys
+import unicodedata
 
 import pytest
 from tiny_images import make_image, write_jsonl
@@ -243,3 +244,51 @@ def test_what_is_no_caption(tmp_path, value, kind, message):
     assert file.caption is None
     assert [finding.kind for finding in file.findings] == [kind]
     assert message in file.findings[0].message
+
+
+def test_the_shortest_path_to_a_file_counts_however_it_is_written(tmp_path):
+    make_images(tmp_path, "a.png", "images/b.png", "c.png")
+    names = [str(tmp_path / "a.png"), "./images/../images//b.png", "deep/../c.png", "./a.png"]
+    write_jsonl(tmp_path, [{"file_name": n, "text": "a shoe"} for n in names])
+    assert find_kinds(tmp_path) == {"a.png": [], "images/b.png": [], "c.png": []}
+
+
+def test_the_first_column_that_says_something(tmp_path):
+    make_images(tmp_path, "a.png")
+    write_jsonl(tmp_path, [{"file_name": "", "image": "a.png", "text": None, "caption": "a shoe"}])
+    assert read_captions(tmp_path) == {"a.png": "a shoe"}
+
+
+@pytest.mark.parametrize("table", ["metadata.jsonl", "captions.json"])
+def test_a_table_that_is_no_file(tmp_path, table):
+    make_images(tmp_path, "a.png")
+    (tmp_path / "a.txt").write_text("a shoe")
+    (tmp_path / table).symlink_to(tmp_path / "nowhere")
+    with pytest.raises(ValidationError, match=f"{table}: is no file that can be read"):
+        find_captioned_files(tmp_path)
+    (tmp_path / table).unlink()
+    os.mkfifo(tmp_path / table)
+    with pytest.raises(ValidationError, match=f"{table}: is no file that can be read"):
+        find_captioned_files(tmp_path)
+
+
+def test_endings_in_capitals(tmp_path):
+    make_images(tmp_path, "A.PNG")
+    (tmp_path / "A.TXT").write_text("a shoe")
+    assert read_captions(tmp_path) == {"A.PNG": "a shoe"}
+
+
+@pytest.mark.parametrize("forms", [("NFC", "NFD"), ("NFD", "NFC")])
+def test_an_accent_apart_from_its_letter(tmp_path, forms):
+    """As an archive from a Mac has it."""
+    on_disk, in_table = (unicodedata.normalize(form, "tênis.png") for form in forms)
+    make_images(tmp_path, f"images/{on_disk}")
+    write_jsonl(tmp_path, [{"file_name": in_table, "text": "a shoe"}])
+    assert find_kinds(tmp_path) == {f"images/{on_disk}": []}
+
+
+def test_a_name_that_no_disk_takes_is_a_file_that_is_missing(tmp_path):
+    make_images(tmp_path, "a.png")
+    names = ["a.png", "x" * 300 + ".png", "a\0b.png"]
+    write_jsonl(tmp_path, [{"file_name": name, "text": "a shoe"} for name in names])
+    assert sorted(read_captions(tmp_path)) == sorted(names)

@@ -154,3 +154,76 @@ def test_command(tmp_path):
     result = CliRunner().invoke(app, ["prepare", str(tmp_path), str(tmp_path / "other")])
     assert result.exit_code == 2
     assert "no styles.csv" in result.output
+
+
+def change_table(source, change):
+    path = source / "styles.csv"
+    path.write_bytes(change(path.read_bytes()))
+
+
+def test_a_table_that_other_programs_wrote(tmp_path):
+    """A mark at its front, Windows' line ends, quoted names, another order, one column more."""
+    source = make_download(tmp_path / "source")
+    expected, _ = read_styles(source / "styles.csv")
+    lines = [line.split(",", 9) for line in (source / "styles.csv").read_text().splitlines()]
+    other = [[f'"{v}"' for v in ("x", *line[1:9], line[0], line[9])] for line in lines]
+    text = "\r\n".join(",".join(line) for line in other)
+    (source / "styles.csv").write_bytes(b"\xef\xbb\xbf" + text.encode())
+    assert read_styles(source / "styles.csv") == (expected, {})
+
+
+def test_one_line_that_cannot_be_read_costs_one_product(tmp_path):
+    source = make_download(tmp_path / "source")
+    latin = "Pumá".encode("latin-1")
+    change_table(source, lambda table: table.replace(b"Puma", latin, 1))
+    odd = "Puma\u2028\x0b\x85 Men".encode()  # what splitlines would split at
+    change_table(source, lambda table: table.replace(b"Puma Men", odd, 1))
+    rows, skipped = read_styles(source / "styles.csv")
+    assert len(rows) == 19 and skipped.keys() == {"line 2"}
+    assert skipped["line 2"].startswith("not in UTF-8: '1000,Men")
+
+
+def test_a_column_that_is_missing_is_named(tmp_path):
+    source = make_download(tmp_path / "source")
+    change_table(source, lambda table: table.replace(b"season,", b"", 1))
+    with pytest.raises(ValidationError, match="so season is not there"):
+        prepare_fashion_products(source, tmp_path / "out", progress=False)
+
+
+def test_one_kind_may_be_a_text_and_an_unknown_one_is_named_by_its_category(tmp_path):
+    source = make_download(tmp_path / "source")
+    options = {"article_types": "casual shoes", "progress": False}
+    prepare_fashion_products(source, tmp_path / "out", **options)
+    change_table(source, lambda table: table.replace(b",Shoes,Casual Shoes", b",NA,NA"))
+    prepare_fashion_products(source, tmp_path / "all", article_types=(), progress=False)
+    assert read_metadata(tmp_path / "all")[0]["text"].startswith(
+        "A professional product photo of black footwear for men by Puma"
+    )
+
+
+def test_pictures_that_no_decoder_takes_are_named(tmp_path):
+    """Among them a PostScript program, which Pillow would hand to another one."""
+    source = make_download(tmp_path / "source")
+    header = b"\x89PNG\r\n\x1a\n\0\0\0\rIHDR\0\0\0(\0\0\0(\x08\x02\0\0\0\x03\x9c/:"
+    for name, content in (("1003", header), ("1004", b""), ("1005", b"<html>")):
+        (source / "images" / f"{name}.jpg").write_bytes(content)
+    Image.new("RGB", (30, 30)).save(source / "images" / "1006.jpg", format="EPS")
+    prepared = prepare_fashion_products(source, tmp_path / "out", progress=False)
+    assert prepared.skipped.keys() == {"1003", "1004", "1005", "1006"}
+
+
+def test_a_failure_leaves_nothing(tmp_path):
+    source = make_download(tmp_path / "source")
+    for path in (source / "images").iterdir():
+        path.write_bytes(b"")
+    with pytest.raises(ValidationError, match="0 products can be used"):
+        prepare_fashion_products(source, tmp_path / "out", progress=False)
+    with pytest.raises(ValidationError, match=r"styles\.csv: cannot be written to"):
+        prepare_fashion_products(source, source / "styles.csv" / "out", progress=False)
+    assert [path.name for path in tmp_path.iterdir()] == ["source"]
+
+
+@pytest.mark.parametrize("options", [{"size_pixels": "64"}, {"limit": 2.5}, {"limit": "3"}])
+def test_numbers_that_are_none(tmp_path, options):
+    with pytest.raises(ValidationError, match=f"{next(iter(options))}: got"):
+        prepare_fashion_products(make_download(tmp_path / "source"), tmp_path / "out", **options)

@@ -93,6 +93,20 @@ def test_their_target_is_what_the_base_predicts(tiny_pipe, tmp_path):
     assert all(parameter.requires_grad for parameter in run.parameters)
 
 
+def test_where_the_text_encoder_alone_is_trained(tiny_pipe, tmp_path):
+    run = begin(tmp_path / "run", tiny_pipe, targets="text_encoder")
+    for parameter in run.parameters:
+        parameter.data += 0.05
+    batch = draw(run)
+    kept = batch.is_kept
+    base = predict(run.pipe.unet, batch)  # of the frozen text encoder's embeddings
+    with torch.no_grad():
+        prompt_embeds = run.pipe.text_encoder(batch.input_ids)[0]
+        changed = run.pipe.unet(batch.latents, batch.timesteps, prompt_embeds).sample
+    assert not torch.equal(changed, base)
+    assert bool(kept.any()) and float(run.measure_losses(batch).detach()[kept].min()) > 1e-8
+
+
 def test_an_error_in_the_base_leaves_the_adapter_on(tiny_pipe, tmp_path):
     run = begin(tmp_path / "run", tiny_pipe)
     for parameter in run.parameters:

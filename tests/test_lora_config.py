@@ -30,12 +30,17 @@ def test_the_report_s_setting_is_the_default():
         ("adam_beta2", 1), ("caption_dropout", 1.1), ("noise_offset", -0.1), ("snr_gamma", 0),
         ("max_grad_norm", 0), ("output_folder", ""), ("validation_prompts", [1]), ("seed", -1),
         ("resolution", 4), ("rollback_lr_factor", 0), ("timestep_bias", 0.5),
+        ("alpha", 10**400), ("rank", 10**400), ("seed", 2**63), ("resolution", 10**5),
+        ("noise_offset", 1e38), ("targets", 5), ("targets", [["attention"]]), ("targets", {}),
+        ("kept_prompts", 1.5), ("validation_prompts", {"a shoe": 1}), ("model", "a\0b"),
+        ("strict", "x" * 1000),
     ],
 )  # fmt: skip
 def test_bad_values_are_refused_in_one_sentence(name, value):
     with pytest.raises(ValidationError, match=rf"^{name}=.*: expected .*\.$") as caught:
         LoRAConfig(**{name: value})
-    assert "\n" not in str(caught.value)
+    assert "\n" not in str(caught.value) and "object is" not in str(caught.value)
+    assert len(str(caught.value)) < 250
 
 
 def test_early_stopping_needs_a_validation_loss():
@@ -47,7 +52,8 @@ def test_early_stopping_needs_a_validation_loss():
 def test_round_trip(tmp_path, ending):
     config = LoRAConfig(
         learning_rate=1e-5, targets=("attention", "convolution"), snr_gamma=5,
-        validation_prompts=["a shoe", "no: \u00e7a"], micro_batch=4, early_stopping_patience=2,
+        validation_prompts=["a shoe", "no: \u00e7a", "\U0001f45f"], micro_batch=4,
+        seed=2**53 + 1, early_stopping_patience=2,
     )  # fmt: skip
     assert LoRAConfig.load(config.save(tmp_path / f"config{ending}")) == config
 
@@ -73,6 +79,12 @@ def test_files_that_are_no_settings(tmp_path, text):
 def test_a_missing_file(tmp_path):
     with pytest.raises(ValidationError, match="cannot be read"):
         LoRAConfig.load(tmp_path / "none.yaml")
+
+
+@pytest.mark.parametrize("given", [None, 5, "rank", ["rank"]])
+def test_what_is_no_mapping(given):
+    with pytest.raises(ValidationError, match="expected a mapping of names to values"):
+        LoRAConfig.from_dict(given)
 
 
 def test_unknown_names_are_told():

@@ -41,6 +41,16 @@ def test_other_predictions_are_refused(tiny_pipe):
         use_scheduler(tiny_pipe, prediction_type="sample")
 
 
+def test_what_was_set_later_counts(tiny_pipe):
+    """As diffusers' own scripts set it."""
+    tiny_pipe.scheduler.register_to_config(
+        prediction_type="v_prediction", rescale_betas_zero_snr=True
+    )
+    schedule = make_noise_scheduler(tiny_pipe)
+    assert schedule.config.prediction_type == "v_prediction"
+    assert float(schedule.alphas_cumprod[-1]) == 0
+
+
 def test_a_schedule_of_flow_matching_is_refused(tiny_pipe):
     tiny_pipe.scheduler = FlowMatchEulerDiscreteScheduler()
     with pytest.raises(ValidationError, match="FlowMatchEulerDiscreteScheduler has no betas"):

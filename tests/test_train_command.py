@@ -71,6 +71,13 @@ def test_every_setting_is_an_option():
         assert f"--{field.name.replace('_', '-')}" in text
 
 
+def test_an_option_of_several_texts_is_given_several_times(settings, tmp_path):
+    options = ("--kept-prompts", "a cat", "--kept-prompts", "", "--validation-inference-steps", 1)
+    result = run(settings, "--output-folder", tmp_path / "run", "--json", *options)
+    assert result.exit_code == 0, result.output
+    assert json.loads(result.stdout)["settings"]["kept_prompts"] == ["a cat", ""]
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [

@@ -76,7 +76,7 @@ def _make_options():
         kind, metavar = str | None, "TEXT"
         if isinstance(field.default, bool):
             kind, metavar, flag = bool | None, None, f"{flag}/--no-{flag[2:]}"
-        elif field.name == "validation_prompts":
+        elif field.default == ():
             kind, metavar = list[str] | None, "PROMPT"
         elif isinstance(field.default, int | float):
             metavar = "NUMBER"

@@ -28,19 +28,15 @@ def add_adapter(pipe, config: LoRAConfig) -> dict:
         {name: parameter} of what is trained, float32, in a fixed order.
 
     Raises:
-        ValidationError: Another kind of pipeline, or no layer to put an adapter on.
+        ValidationError: Another kind of pipeline, no layer to put an adapter on, or a rank beyond
+            the width of all of them.
     """
     check_is_trainable(pipe)
     for name in ("unet", "vae", "text_encoder"):
         getattr(pipe, name).requires_grad_(False)
+    check_targets(pipe, config)
     for name, modules in find_targets(config).items():
-        component = getattr(pipe, name)
-        if not any(_is_target(layer, modules) for layer, _ in component.named_modules()):
-            raise ValidationError(
-                f"{name}: has no layer named {', '.join(modules)}. Expected some; choose other "
-                "targets."
-            )
-        component.add_adapter(
+        getattr(pipe, name).add_adapter(
             LoraConfig(r=config.rank, lora_alpha=config.alpha, target_modules=list(modules)),
             ADAPTER_NAME,
         )
@@ -67,6 +63,29 @@ def check_is_trainable(pipe):
             f"{type(pipe).__name__}: cannot be trained here. Expected a text-to-image Stable "
             "Diffusion 1.x or 2.x (StableDiffusionPipeline)."
         )
+    return pipe
+
+
+def check_targets(pipe, config: LoRAConfig):
+    """Returns a pipeline unchanged if it has layers for an adapter of this kind and rank.
+
+    Raises:
+        ValidationError: There is no such layer, or the rank is beyond the width of all of them.
+    """
+    for name, modules in find_targets(config).items():
+        layers = getattr(pipe, name).named_modules()
+        found = [layer for layer_name, layer in layers if _is_target(layer_name, modules)]
+        if not found:
+            raise ValidationError(
+                f"{name}: has no layer named {', '.join(modules)}. Expected some; choose other "
+                "targets."
+            )
+        widest = max(max(layer.weight.shape[:2]) for layer in found)
+        if config.rank > widest:
+            raise ValidationError(
+                f"rank={config.rank}: the widest of the {name}'s layers has {widest} channels. "
+                "Expected a rank far below that, such as 8."
+            )
     return pipe
 
 

@@ -3,7 +3,9 @@
 import csv
 import io
 import json
-from pathlib import PurePosixPath
+import os
+import posixpath
+from pathlib import Path, PurePosixPath
 
 from sdkit.finetuning.dataset_report import Finding
 from sdkit.validation import ValidationError
@@ -22,6 +24,11 @@ def read_table(path) -> dict:
     Raises:
         ValidationError: It is not in its format; the message names the line.
     """
+    if not path.is_file():  # a pipe would be waited for
+        raise ValidationError(
+            f"{path}: is no file that can be read, or a link that leads nowhere. Expected a table "
+            "of captions; put it there, or remove this."
+        )
     try:
         text = path.read_text(encoding="utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
@@ -34,13 +41,14 @@ def read_table(path) -> dict:
     }[path.name](text, path)  # fmt: skip
     rows = {}
     for where, entry in entries:
-        name = next((entry[c] for c in FILE_COLUMNS if isinstance(entry.get(c), str)), None)
+        given = [entry[c] for c in FILE_COLUMNS if isinstance(entry.get(c), str)]
+        name = next(filter(None, given), None)
         if not name:
             raise ValidationError(
                 f"{where}: names no file ({_shorten(entry)}). Expected one of "
                 f"{', '.join(FILE_COLUMNS)}, and one of {', '.join(CAPTION_COLUMNS)}."
             )
-        name = PurePosixPath(name.replace("\\", "/")).as_posix()
+        name = _place_within(path.parent, name.replace("\\", "/"))
         caption, findings = _read_caption(entry)
         if name not in rows:
             rows[name] = (caption, findings)
@@ -50,9 +58,19 @@ def read_table(path) -> dict:
     return rows
 
 
+def _place_within(folder, name):
+    """Returns the shortest path from a table's folder to a file, if it is within, else the name."""
+    short = posixpath.normpath(name)
+    for root in (os.path.abspath(folder), os.path.realpath(folder)):
+        if Path(short).is_relative_to(root):
+            short = os.path.relpath(short, root)
+    is_outside = short.startswith(("/", "../"))
+    return PurePosixPath(name).as_posix() if is_outside else short
+
+
 def _read_caption(entry):
     """Returns the caption of an entry, or None, and what is wrong with it."""
-    given = next((entry[c] for c in CAPTION_COLUMNS if c in entry), None)
+    given = next((entry[c] for c in CAPTION_COLUMNS if entry.get(c) not in (None, "")), None)
     if given is None:
         return None, []
     if not isinstance(given, str):

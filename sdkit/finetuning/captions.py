@@ -6,6 +6,7 @@ for its folder and all below it, unless one further down does.
 """
 
 import os
+import unicodedata
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
@@ -16,7 +17,7 @@ from sdkit.finetuning.dataset_report import Finding
 from sdkit.finetuning.splits import FOLDER_NAMES
 from sdkit.validation import ValidationError
 
-TEXT_ENDINGS = (".txt", ".caption")
+TEXT_ENDINGS = (".txt", ".caption", ".TXT", ".CAPTION")
 IMAGES_FOLDER = "images"  # where the report's project kept them, beside captions.json
 # What phones and browsers leave and Pillow may not read: told as unreadable, not passed over.
 OTHER_IMAGE_ENDINGS = {".heic", ".heif", ".avif", ".jxl", ".svg", ".raw", ".dng", ".cr2", ".nef"}
@@ -96,15 +97,21 @@ def _at(folder, place):
 
 
 def _find_table(folder):
-    return next((folder / name for name in TABLES if (folder / name).is_file()), None)
+    """Returns the path of a folder's table, even of a link that leads nowhere, or None."""
+    paths = [folder / name for name in TABLES]
+    return next((p for p in paths if os.path.lexists(p) and not p.is_dir()), None)
 
 
 def _place_row(folder, place, name):
     """The path within `folder` that a table's file name means; None if it is another split's."""
     inside = f"{IMAGES_FOLDER}/{name}"
     beside = _at(folder, place)
-    if not (beside / name).exists() and (beside / inside).exists():
-        name = inside
+    # os.path.exists takes any text; Path.exists raises where it is too long for a name.
+    spellings = [
+        unicodedata.normalize(form, text) for text in (name, inside) for form in ("NFC", "NFD")
+    ]
+    if not os.path.exists(beside / name):  # macOS takes names apart that are written together
+        name = next((text for text in spellings if os.path.exists(beside / text)), name)
     if place == ABOVE:
         first, _, rest = name.partition("/")
         if first == folder.name and rest:

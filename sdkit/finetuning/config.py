@@ -17,6 +17,7 @@ TARGET_MODULES = {
     ),
 }  # fmt: skip
 TEXT_ENCODER_MODULES = ("q_proj", "k_proj", "v_proj", "out_proj")
+SHOWN_LETTERS = 100  # of a value that is refused
 PRESETS = Path(__file__).parent / "presets"  # settings that were measured, by name
 
 
@@ -91,7 +92,7 @@ class LoRAConfig:
 
     model: str = text("mini")
     dataset: str = text("mini")
-    resolution: int | None = whole(None, least=8, words=(None,))
+    resolution: int | None = whole(None, least=8, most=8192, words=(None,))
     output_folder: str = text("runs/lora")
     cache_folder: str | None = text(None, words=(None,))
     strict: bool = switch(False)
@@ -117,7 +118,7 @@ class LoRAConfig:
     adam_epsilon: float = number(1e-8, above=0)
     max_grad_norm: float | None = number(1.0, above=0, words=(None,))
     snr_gamma: float | None = number(None, above=0, words=(None,))
-    noise_offset: float = number(0.0)
+    noise_offset: float = number(0.0, most=1)
     timestep_bias: float = number(1.0, least=1.0)
     caption_dropout: float = number(0.0, most=1)
     random_flip: bool = switch(False)
@@ -193,6 +194,8 @@ class LoRAConfig:
         Raises:
             ValidationError: An unknown name, or a value that a field may not have.
         """
+        if not isinstance(values, dict):
+            raise _refuse("settings", values, "a mapping of names to values")
         check_names(values)
         return cls(**values)
 
@@ -240,9 +243,11 @@ def read_settings(path) -> dict:
     from sdkit.validation import ValidationError
 
     path = find_settings(path)
+    # JSON is YAML but for one thing: its letters beyond 16 bits are written as two halves.
+    parse = json.loads if path.suffix.lower() == ".json" else yaml.safe_load
     try:
-        values = yaml.safe_load(path.read_text(encoding="utf-8"))  # JSON is YAML too
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        values = parse(path.read_text(encoding="utf-8-sig"))
+    except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:
         reason = getattr(error, "strerror", None) or " ".join(str(error).split())
         raise ValidationError(
             f"{path}: cannot be read ({reason}). Expected a YAML or JSON file of settings, such as "
@@ -282,4 +287,6 @@ def check_names(names):
 def _refuse(name, value, expected):
     from sdkit.validation import ValidationError
 
-    return ValidationError(f"{name}={value!r}: expected {expected}.")
+    shown = repr(value)
+    shown = shown if len(shown) <= SHOWN_LETTERS else f"{shown[:SHOWN_LETTERS]}..."
+    return ValidationError(f"{name}={shown}: expected {expected}.")

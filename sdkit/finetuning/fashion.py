@@ -1,6 +1,8 @@
 """Turns the public "Fashion Product Images" download into a folder to train on."""
 
+import codecs
 import json
+import shutil
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -12,7 +14,8 @@ from sdkit.finetuning.picture import convert_to_rgb
 from sdkit.finetuning.splits import SPLITS, draw_split
 from sdkit.mini.catalogue import REPORT_STUDIO
 from sdkit.run_folder import begin_run, finish_run
-from sdkit.validation import ValidationError
+from sdkit.validation import ValidationError, check_is_writable
+from sdkit.verdict import FILE_FORMATS, strict_pillow
 
 COLUMNS = (
     "id", "gender", "masterCategory", "subCategory", "articleType", "baseColour", "season", "year",
@@ -20,6 +23,7 @@ COLUMNS = (
 )  # fmt: skip
 # The download holds a second copy of itself in this folder; it is read only where it is the first.
 SECOND_COPY = "myntradataset"
+KINDS = ("articleType", "subCategory", "masterCategory")  # the first that is known
 UNKNOWN = ("", "NA")  # both are written where nothing is known; "NA" is no missing number here
 GENDERS = ("men", "women", "boys", "girls", "unisex", "kids")
 BRAND_WORDS = 3  # a name without a gender in it tells no brand
@@ -67,7 +71,7 @@ def prepare_fashion_products(
     Args:
         source: The unpacked download, with `styles.csv` and `images`.
         output_folder: Is made; nothing may be there yet.
-        article_types: Which products; empty takes all.
+        article_types: Which products, one name or several; empty takes all.
         size_pixels: Larger pictures are reduced to this side; smaller ones are not enlarged.
         limit: At most so many products, the first of the table.
         seed: Of the split.
@@ -80,18 +84,10 @@ def prepare_fashion_products(
         ValidationError: There is no such download, nothing in it is usable, or there is something
             at `output_folder` already.
     """
-    output_folder = Path(output_folder)
-    if output_folder.exists() and (output_folder.is_file() or any(output_folder.iterdir())):
-        raise ValidationError(
-            f"{output_folder}: there is something already. Expected a new folder; remove this one, "
-            "or name another."
-        )
-    if size_pixels < 8:
-        raise ValidationError(f"size_pixels: got {size_pixels}. Expected at least 8.")
-    if limit is not None and limit < 2:
-        raise ValidationError(f"limit: got {limit}. Expected at least 2: one has to be held out.")
+    output_folder = _check_request(Path(output_folder), size_pixels, limit)
     root = _find_root(Path(source))
     rows, skipped = read_styles(root / "styles.csv")
+    article_types = [article_types] if isinstance(article_types, str) else list(article_types or ())
     wanted = {name.casefold() for name in article_types}
     rows = [row for row in rows if not wanted or row["articleType"].casefold() in wanted]
     if not rows:
@@ -99,23 +95,49 @@ def prepare_fashion_products(
             f"{root / 'styles.csv'}: no product is of {', '.join(article_types) or 'any kind'}. "
             "Expected values of its column articleType, such as Casual Shoes."
         )
+    check_is_writable(output_folder.parent)
     partial = begin_run(output_folder)
-    written = {}
-    for row in tqdm(rows, "prepare products", disable=not progress, delay=2):
-        if limit is not None and len(written) == limit:
-            break
-        reason = _write_square(root / "images", row["id"], partial, size_pixels)
-        if reason:
-            skipped[row["id"]] = reason
-        else:
-            written[row["id"]] = row
-    if len(written) < 2:
-        listed = "".join(f"\n  {name}: {reason}" for name, reason in list(skipped.items())[:20])
+    try:
+        written = {}
+        for row in tqdm(rows, "prepare products", disable=not progress, delay=2):
+            if len(written) == limit:
+                break
+            reason = _write_square(root / "images", row["id"], partial, size_pixels)
+            if reason:
+                skipped[row["id"]] = reason
+            else:
+                written[row["id"]] = row
+        if len(written) < 2:
+            listed = "".join(f"\n  {name}: {why}" for name, why in list(skipped.items())[:20])
+            raise ValidationError(
+                f"{root}: {len(written)} products can be used. Expected at least 2.{listed}"
+            )
+        counts = {split: _write_split(partial, written, split, seed) for split in SPLITS}
+        return PreparedProducts(finish_run(partial), counts, skipped)
+    except OSError as error:
         raise ValidationError(
-            f"{root}: {len(written)} products can be used. Expected at least 2.{listed}"
+            f"{error.filename or partial}: cannot be written ({error.strerror or error}). Expected "
+            "room and permission to write; the same call begins again."
+        ) from error
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)  # thousands of pictures, if it failed
+
+
+def _check_request(output_folder, size_pixels, limit) -> Path:
+    if output_folder.exists() and (output_folder.is_file() or any(output_folder.iterdir())):
+        raise ValidationError(
+            f"{output_folder}: there is something already. Expected a new folder; remove this one, "
+            "or name another."
         )
-    counts = {split: _write_split(partial, written, split, seed) for split in SPLITS}
-    return PreparedProducts(finish_run(partial), counts, skipped)
+    if not isinstance(size_pixels, int) or size_pixels < 8:
+        raise ValidationError(
+            f"size_pixels: got {size_pixels!r}. Expected a whole number, at least 8."
+        )
+    if limit is not None and (not isinstance(limit, int) or limit < 2):
+        raise ValidationError(
+            f"limit: got {limit!r}. Expected a whole number, at least 2: one has to be held out."
+        )
+    return output_folder
 
 
 def read_styles(path) -> tuple[list[dict], dict]:
@@ -130,22 +152,30 @@ def read_styles(path) -> tuple[list[dict], dict]:
     Raises:
         ValidationError: It is no such table.
     """
-    lines = Path(path).read_text("utf-8-sig").splitlines()
-    if not lines or tuple(lines[0].split(",")) != COLUMNS:
-        seen = lines[0] if lines else "nothing"
-        raise ValidationError(f"{path}: begins with {seen!r}. Expected {','.join(COLUMNS)}.")
+    header, *lines = Path(path).read_bytes().removeprefix(codecs.BOM_UTF8).split(b"\n")
+    shown = header.decode("utf-8", "backslashreplace").strip()
+    columns = [name.strip().strip('"') for name in shown.split(",")]
+    missing = [name for name in COLUMNS if name not in columns]
+    if missing or columns[-1] != COLUMNS[-1]:
+        lacks = f", so {', '.join(missing)} is not there" if len(missing) < len(COLUMNS) else ""
+        raise ValidationError(
+            f"{path}: begins with {shown or 'nothing'!r}{lacks}. Expected {','.join(COLUMNS)}."
+        )
     rows, skipped = {}, {}
-    for number, line in enumerate(lines[1:], 2):
-        values = line.split(",", len(COLUMNS) - 1)
-        if not line.strip():
+    for number, line in enumerate(lines, 2):
+        text = line.decode("utf-8", "backslashreplace")
+        values = [value.strip().strip('"').strip() for value in text.split(",", len(columns) - 1)]
+        row = dict(zip(columns, values, strict=False))
+        if not text.strip():
             continue
-        if len(values) < len(COLUMNS) or not values[0].isdecimal():
-            skipped[f"line {number}"] = f"not a product: {line[:60]!r}"
-        elif values[0] in rows:
-            skipped[f"line {number}"] = f"product {values[0]} stands there twice"
+        if len(values) < len(columns) or not (row["id"].isascii() and row["id"].isdecimal()):
+            skipped[f"line {number}"] = f"not a product: {text[:60]!r}"
+        elif row["id"] in rows:
+            skipped[f"line {number}"] = f"product {row['id']} stands there twice"
+        elif not _is_utf8(line):
+            skipped[f"line {number}"] = f"not in UTF-8: {text[:60]!r}"
         else:
-            values = [value.strip().strip('"').strip() for value in values]
-            rows[values[0]] = dict(zip(COLUMNS, values, strict=True))
+            rows[row["id"]] = {name: row[name] for name in COLUMNS}
     return list(rows.values()), skipped
 
 
@@ -156,8 +186,8 @@ def make_caption(row: dict) -> str:
         row: Of `read_styles`.
     """
     known = {name: "" if value in UNKNOWN else value for name, value in row.items()}
-    words = ["A professional product photo of", known["baseColour"].lower(),
-             known["articleType"].lower()]  # fmt: skip
+    kind = next((known[name] for name in KINDS if known[name]), "product")
+    words = ["A professional product photo of", known["baseColour"].lower(), kind.lower()]
     if known["gender"]:
         words.append(f"for {known['gender'].lower()}")
     if brand := find_brand(known["productDisplayName"]):
@@ -194,9 +224,9 @@ def _write_square(images, product_id, folder, size_pixels) -> str | None:
     if not path.is_file():
         return "no image"
     try:
-        with Image.open(path) as opened:
+        with strict_pillow(), Image.open(path, formats=FILE_FORMATS) as opened:
             image, _ = convert_to_rgb(ImageOps.exif_transpose(opened))  # white where transparent
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+    except Exception as error:  # a file of any origin: its decoder may fail in any way
         return f"image cannot be read: {error}"
     side = max(image.size)
     square = Image.new("RGB", (side, side), "white")
@@ -206,12 +236,17 @@ def _write_square(images, product_id, folder, size_pixels) -> str | None:
     path = folder / f"{product_id}.png"  # without loss: JPEG would stain the white
     try:
         square.save(path)
-    except OSError as error:
-        raise ValidationError(
-            f"{path}: cannot be written ({error.strerror or error}). Expected room and permission "
-            "to write; the same call begins again."
-        ) from error
+    except OSError as error:  # Pillow's does not say of which file
+        raise OSError(error.errno, error.strerror or str(error), str(path)) from error
     return None
+
+
+def _is_utf8(line) -> bool:
+    try:
+        line.decode("utf-8")
+    except UnicodeDecodeError:
+        return False
+    return True
 
 
 def _write_split(folder, rows, split, seed) -> int:

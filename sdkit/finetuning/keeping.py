@@ -112,7 +112,10 @@ def keep_base(unet, batch, noisy_latents, target):
 
 @contextmanager
 def without_adapter(unet):
-    """Inside, a UNet computes as its base does."""
+    """Inside, a UNet computes as its base does; one without an adapter does anyway."""
+    if not getattr(unet, "peft_config", None):
+        yield
+        return
     unet.disable_adapters()
     try:
         yield

@@ -4,28 +4,32 @@ A rule takes a value and returns it in its type, or raises ValueError with what 
 """
 
 import math
+import sys
 from dataclasses import field
 
+LARGEST = 2**62  # what torch takes as a seed, and counts with
 
-def whole(default, *, least=0, words=()):
-    """A whole number from `least` on, or one of some words (None among them)."""
-    expected = " or ".join([f"a whole number from {least} on", *map(_show, words)])
+
+def whole(default, *, least=0, most=LARGEST, words=()):
+    """A whole number in a range, or one of some words (None among them)."""
+    high = "" if most == LARGEST else f", at most {most}"
+    expected = " or ".join([f"a whole number from {least} on{high}", *map(_show, words)])
 
     def rule(value):
         if _is_word(value, words):
             return None if value == "none" else value
         number = _read_number(value, expected)
-        if number != int(number) or number < least:
+        if number != int(number) or not least <= number <= most:
             raise ValueError(expected)
         return int(number)
 
     return _with_rule(default, rule)
 
 
-def number(default, *, least=0.0, above=None, most=math.inf, words=()):
+def number(default, *, least=0.0, above=None, most=sys.float_info.max, words=()):
     """A finite number in a range, or one of some words (None among them)."""
     low = f"from {least:g} on" if above is None else f"above {above:g}"
-    high = "" if most == math.inf else f", at most {most:g}"
+    high = "" if most == sys.float_info.max else f", at most {most:g}"
     expected = " or ".join([f"a number {low}{high}", *map(_show, words)])
 
     def rule(value):
@@ -68,9 +72,12 @@ def some_of(default, *choices):
     """One or more of these, as a sequence or as text with commas between."""
 
     def rule(value):
-        chosen = _read_names(value)
-        if not chosen or set(chosen) - set(choices) or len(set(chosen)) < len(chosen):
-            raise ValueError(f"one or more of {', '.join(choices)}, each once")
+        expected = f"one or more of {', '.join(choices)}, each once"
+        if isinstance(value, str):
+            value = [part.strip() for part in value.split(",") if part.strip()]
+        chosen = _read_sequence(value, expected)
+        if not chosen or not all(name in choices and chosen.count(name) == 1 for name in chosen):
+            raise ValueError(expected)
         return chosen
 
     return _with_rule(default, rule)
@@ -80,9 +87,9 @@ def texts(default=()):
     """A sequence of texts; one text stands for itself."""
 
     def rule(value):
-        found = (value,) if isinstance(value, str) else tuple(value or ())
+        found = (value,) if isinstance(value, str) else _read_sequence(value, "a list of texts")
         if not all(isinstance(text, str) for text in found):
-            raise ValueError("texts")
+            raise ValueError("a list of texts")
         return found
 
     return _with_rule(default, rule)
@@ -96,7 +103,7 @@ def text(default, *, words=()):
             return None if value == "none" else value
         if not isinstance(value, (str, bytes)) and hasattr(value, "__fspath__"):
             value = str(value)
-        if not isinstance(value, str) or not value.strip():
+        if not isinstance(value, str) or not value.strip() or "\0" in value:
             raise ValueError(" or ".join(["a text", *map(_show, words)]))
         return value
 
@@ -119,8 +126,12 @@ def _is_word(value, words):
 
 def _read_number(value, expected):
     # YAML 1.1 reads 1e-4 as a text (it wants 1.0e-4), and a shell has nothing but texts.
+    if isinstance(value, str) and value.strip().isdecimal():
+        value = int(value)  # to the last digit, which a float may not have
+    if isinstance(value, int) and not isinstance(value, bool):
+        return value
     try:
-        read = float("nan") if isinstance(value, bool) else float(value)
+        read = math.nan if isinstance(value, bool) else float(value)
     except (TypeError, ValueError):
         read = math.nan
     if not math.isfinite(read):
@@ -128,10 +139,13 @@ def _read_number(value, expected):
     return read
 
 
-def _read_names(value):
-    if isinstance(value, str):
-        return tuple(part.strip() for part in value.split(",") if part.strip())
-    return tuple(value or ())
+def _read_sequence(value, expected):
+    """Returns a tuple of what is in a sequence; None is an empty one."""
+    if value is None:
+        return ()
+    if not isinstance(value, list | tuple | set | frozenset):
+        raise ValueError(expected)
+    return tuple(value)
 
 
 def _show(value):

@@ -10,7 +10,12 @@ from accelerate import Accelerator
 from accelerate.utils import gather_object
 
 from sdkit.device import measure_available_gib
-from sdkit.finetuning.adapter import add_adapter, check_is_trainable, write_adapter
+from sdkit.finetuning.adapter import (
+    add_adapter,
+    check_is_trainable,
+    check_targets,
+    write_adapter,
+)
 from sdkit.finetuning.adapter_file import (
     describe_training,
     pack_adapter,
@@ -149,7 +154,8 @@ def begin_run(
             config.model, backend=str(accelerator.device), dtype=dtypes, progress=progress
         )
         notices = [*notices, *report.notices]
-    check_is_trainable(pipe)  # before an hour of encoding
+    check_targets(check_is_trainable(pipe), config)  # before an hour of encoding
+    noise_scheduler = make_noise_scheduler(pipe)
     remove_guard(pipe)  # the gates look at every step, and drop where a guard would raise
     found = []
     if data is None:
@@ -178,7 +184,7 @@ def begin_run(
         micro_batch = _choose_micro_batch(pipe, config, train, accelerator, device_type)
     set_training_mode(pipe.unet, pipe.text_encoder, config, micro_batch.gradient_checkpointing)
     run = TrainingRun(
-        config, accelerator, pipe, make_noise_scheduler(pipe), parameters, optimizer, train,
+        config, accelerator, pipe, noise_scheduler, parameters, optimizer, train,
         validation, dtype, micro_batch, metadata, identity, tuple(notices),
     )  # fmt: skip
     accelerator.init_trackers("sdkit", config={k: str(v) for k, v in config.to_dict().items()})
