@@ -2,6 +2,7 @@
 
 import json
 
+import numpy as np
 import pytest
 
 from sdkit.batch.grid import read_grid
@@ -52,6 +53,13 @@ def test_zipped_groups_go_together():
     ]  # fmt: skip
 
 
+def test_a_zipped_group_may_repeat_a_value_but_not_a_combination():
+    group = {"rank": [4, 4, 8], "alpha": [4, 8, 8]}
+    assert [tuple(run.values()) for run in expand({"zip": [group]})] == [(4, 4), (4, 8), (8, 8)]
+    with pytest.raises(ValidationError, match="rank = 4, alpha = 8 is there twice"):
+        expand({"zip": [{"rank": [4, 8, 4], "alpha": [8, 8, 8]}]})
+
+
 def test_excluded_combinations_are_left_out():
     runs = expand({"grid": {"a": [1, 2], "b": [1, 2]}, "exclude": [{"a": 1, "b": 2}]})
     assert [(run["a"], run["b"]) for run in runs] == [(1, 1), (2, 1), (2, 2)]
@@ -82,7 +90,11 @@ def test_plain_values_are_those_of_yaml_1_2(tmp_path):
         ("fixed: {a: 1}\ngrid:\n  a: [1]", "grid.yaml, line 1: a is given twice"),
         ("grid:\n  a: 1", "grid.yaml, line 2: a is 1, expected a list"),
         ("grid:\n  a: []", "line 2: a is [], expected a list"),
-        ("grid:\n  a: [1, 2, 1]", "a has a value twice"),
+        ("grid:\n  a: [1, 2, 1]", "a = 1 is there twice"),
+        ("grid:\n  a: &b [1, *b]", "line 2: an anchor (&) that contains itself"),
+        ("grid:\n  a: {from: 0, to: 1e308, step: 1e-300}", "a leaves the numbers that a float"),
+        ("grid:\n  a: {from: -1e308, to: 1e308, count: 3}", "a leaves the numbers that a float"),
+        ("grid: {}\nmax_runs: 3", "an empty grid, it names no parameter"),
         ("zip:\n  - {a: [1, 2], b: [1]}", "expected as many of each"),
         ("grid:\n  a: {from: 0, to: 8}", "expected numbers for from, to and either step or count"),
         ("grid:\n  a: {from: 0, to: 8, step: -1}", "a step that leads from one to the other"),
@@ -118,3 +130,13 @@ def test_a_missing_file_names_the_grids_of_the_package(tmp_path):
 def test_a_grid_of_python_is_the_same(tmp_path):
     content = {"fixed": {"p": ["x"]}, "grid": {"a": [1, 2]}}
     assert expand(content) == expand(write(tmp_path, json.dumps(content)))
+
+
+def test_what_python_has_instead_of_lists_and_text_is_taken(tmp_path):
+    content = {
+        "fixed": {"p": tmp_path, "s": (64, (48, 32))},
+        "grid": {"a": range(3), "b": np.array([0.5, 1.0])},
+    }
+    run = expand(content)[-1]
+    assert run == {"p": str(tmp_path), "s": [64, [48, 32]], "a": 2, "b": 1.0}
+    assert type(run["b"]) is float

@@ -13,6 +13,7 @@ import sys
 import time
 from contextlib import contextmanager
 
+import nbformat
 import pandas as pd
 import psutil
 import pytest
@@ -23,6 +24,8 @@ from sdkit import load_results, run_sweep
 from sdkit.batch import scheduling
 from sdkit.batch.kernels import Zygote
 from sdkit.batch.lock import is_held, lock_folder
+from sdkit.batch.page import save_page
+from sdkit.batch.results import save_results
 from sdkit.cli import app
 from sdkit.validation import ValidationError
 
@@ -577,3 +580,103 @@ def test_arguments_of_the_wrong_kind_are_refused(tmp_path, marks, choice, messag
     with pytest.raises(ValidationError, match=re.escape(message)):
         run_sweep(asked.pop("notebook"), asked.pop("grid"), output=tmp_path / "out", **asked)
     assert not (tmp_path / "out").exists()
+
+
+def test_a_notebook_runs_here_whatever_kernel_it_names_or_none(tmp_path):
+    """One without metadata, and one that papermill has executed in some environment of somebody."""
+    path = write_notebook(tmp_path / "n.ipynb", "number: int = 1\nplaces = {1, 2}", "1 / number")
+    notebook = nbformat.read(path, as_version=4)
+    injected = nbformat.v4.new_code_cell("number = 5", metadata={"tags": ["injected-parameters"]})
+    notebook.cells.insert(2, injected)
+    for metadata in ({}, {"kernelspec": {"name": "conda-env-x", "display_name": "x"}}):
+        notebook.metadata = metadata
+        nbformat.write(notebook, path)
+        table = run_sweep(
+            path, {"grid": {"number": [2, 0]}}, output=tmp_path / "out", progress=False, force=True
+        )
+        assert list(table["status"]) == ["done", "failed"]
+        assert table["failed_cell"][1] == 3 and table["failed_source"][1] == "1 / number"
+
+
+ODD_ENDINGS = """
+import pathlib, sys
+from PIL import Image
+folder = pathlib.Path(output_folder)
+folder.mkdir()
+Image.new("RGB", (64, 64), "red").save(folder / "image_000.png")
+if mode == "cut":
+    (folder / "image_000.png").write_bytes((folder / "image_000.png").read_bytes()[:60])
+if mode == "words":
+    (folder / "image_000.png").write_text("no picture")
+if mode == "leave":
+    sys.exit(0)
+if mode == "long":
+    raise ValueError("y" * 1_000_000)
+"""
+
+
+def test_pictures_that_cannot_be_opened_early_ends_and_long_errors(tmp_path):
+    write_notebook(
+        tmp_path / "n$^$.ipynb",
+        'mode: str = ""\nnumber: float = 1\noutput_folder = ""',
+        ODD_ENDINGS,
+        "1",
+    )
+    grid, out = tmp_path / "g.yaml", tmp_path / "out"
+    grid.write_text(
+        "grid: {mode: [good, cut, words, leave, long]}\n"
+        "fixed: {number: .inf}\nexclude: [{mode: good}]"
+    )
+    ran = sdkit("sweep", tmp_path / "n$^$.ipynb", grid, "--output", out, "--json")
+    assert ran.exit_code == 1, ran.output
+    told = json.loads(ran.stdout, parse_constant=pytest.fail)["runs"]  # Infinity is not JSON
+    assert [run["status"] for run in told] == ["done"] * 3 + ["failed"]
+    assert told[2]["error"].startswith("SystemExit") and told[2]["failed_cell"] == 2
+    assert 2000 < len(told[3]["error"]) < 2100 and told[0]["error"] is None
+    assert (out / "figure.png").is_file() and (out / "index.html").stat().st_size < 100_000
+    assert (out / "index.html").read_text().count("<img ") == 1  # of the one that left early
+    again = sdkit("sweep", tmp_path / "n$^$.ipynb", grid, "--output", out)
+    lines = again.stdout.splitlines()
+    assert max(map(len, lines)) < 400 and "mode=leave: SystemExit" in lines[0]
+
+
+def plan_by_hand(folder, *values, **record):
+    """A sweep as it lies on the disk, with one record: for what a kernel would only make slow."""
+    runs = [{"run_id": f"id{i}", "values": {"x": value}} for i, value in enumerate(values)]
+    plan = {"notebook": "n.ipynb", "varied": ["x"], "runs": runs}
+    (folder / "sweep.json").write_text(json.dumps(plan))
+    (folder / "runs" / "id0").mkdir(parents=True)
+    (folder / "runs" / "id0" / "run.json").write_text(json.dumps({"run_id": "id0", **record}))
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [{"status": "dnoe"}, {"seconds": "3"}, {"error": 5}, {"failed_cell": 1.5}, {"attempts": True}],
+    ids=str,
+)
+def test_a_record_with_what_no_sweep_writes_is_no_run(tmp_path, damage):
+    plan_by_hand(tmp_path, 1, 2, **{"status": "done", "seconds": 3.0} | damage)
+    assert list(load_results(tmp_path)["status"]) == ["waiting", "waiting"]
+
+
+def test_only_what_a_record_is_for_is_read_from_it(tmp_path):
+    plan_by_hand(tmp_path, 1, 2, status="done", x=99, path="/etc", good=False)
+    table = load_results(tmp_path)
+    assert list(table["x"]) == [1, 2] and table["path"][0] == "runs/id0" and table["good"][0]
+    assert save_page(table, tmp_path).is_file()
+
+
+def test_values_of_several_types_stay_what_they_are(tmp_path):
+    plan_by_hand(tmp_path, 7, None, status="done", seconds=1.0)
+    table = load_results(tmp_path)
+    assert list(table["x"]) == [7, None] and type(table["x"][0]) is int
+    save_results(table, tmp_path)
+    read = pd.read_parquet(tmp_path / "results.parquet")["x"]
+    assert read[0] == 7 and pd.isna(read[1]) and pd.api.types.is_integer_dtype(read)
+    plan = json.loads((tmp_path / "sweep.json").read_text())
+    plan["runs"][1]["values"] = {"y": 1}
+    (tmp_path / "sweep.json").write_text(json.dumps(plan))
+    with pytest.raises(ValidationError, match="its runs have different parameters"):
+        load_results(tmp_path)
+    with pytest.raises(ValidationError, match="folder: got None"):
+        load_results(None)

@@ -22,6 +22,8 @@ flag: bool = False
 text = "a = b"
 dtype: str = "float16"
 backend: str = "auto"
+settings: dict = {}
+marks = {b"no", "JSON"}
 model: str = "mini"
 attention: str = "sdpa"
 output_folder: str = "runs/x"
@@ -72,6 +74,8 @@ def test_values_of_the_right_type_pass(notebook, name, value):
         ("backend", "gpu", "backend='gpu'"),
         ("attention", "slice", "attention='slice'"),
         ("model", "./nothing", "no such file or folder"),
+        ("settings", {1: 2}, "maps (with text as keys)"),  # papermill would hand on {"1": 2}
+        ("settings", {"a": [{2, 3}]}, "settings is {'a': [{2, 3}]} (dict), expected numbers"),
     ],
     ids=str,
 )
@@ -148,7 +152,7 @@ def test_the_id_is_of_source_parameters_and_version(notebook, tmp_path, monkeypa
 
 def test_two_runs_that_are_the_same_are_refused(notebook):
     grid = {"grid": {"rate": [1, 2]}, "zip": [{"steps": [1, 1], "flag": [False, False]}]}
-    with pytest.raises(ValidationError, match="value twice"):
+    with pytest.raises(ValidationError, match="steps = 1, flag = False is there twice"):
         make_plan(notebook, grid)
     grid = {"grid": {"rate": [2, 2.5]}, "zip": [{"name": [None, "x"], "flag": [False, True]}]}
     assert len(make_plan(notebook, grid).runs) == 4

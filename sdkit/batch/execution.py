@@ -29,10 +29,17 @@ from sdkit.batch.parameters import OUTPUT_NAME
 from sdkit.batch.reading import save_reading
 
 DONE, FAILED, DIED, TIMEOUT = "done", "failed", "kernel-died", "timeout"
+STATUSES = (DONE, FAILED, DIED, TIMEOUT)
+RECORD = {  # of a run, with the types that JSON gives back
+    "status": (str,), "seconds": (int, float), "cpu_seconds": (int, float),
+    "peak_memory_gib": (int, float), "attempts": (int,), "kernel": (str,), "error": (str,),
+    "failed_cell": (int,), "failed_source": (str,),
+}  # fmt: skip
 RUN_NAME, NOTEBOOK_NAME, PAGE_NAME = "run.json", "notebook.ipynb", "notebook.html"
 LOG_NAME = "kernel.log"
 RUNS, FAILURES, ATTEMPTS = "runs", "failed", "attempts"
 WATCH_SECONDS = 0.25
+ERROR_LETTERS = 2000  # of a message, in the table; all of it is in the executed notebook
 START_SECONDS = 120  # for a kernel to answer, on a machine that is busy
 # A kernel that dies is told in the table, not between the progress bar's lines.
 logging.getLogger("papermill").addHandler(logging.NullHandler())
@@ -103,8 +110,12 @@ def read_run(folder):
     """Returns what is known of a run in its folder, or None: not there, or damaged."""
     try:
         record = json.loads((folder / RUN_NAME).read_text(encoding="utf-8"))
-        return record if isinstance(record["status"], str) else None
-    except (OSError, ValueError, LookupError, TypeError):
+        known = {name: record.get(name) for name in RECORD}
+        is_whole = record["status"] in STATUSES and all(
+            value is None or type(value) in RECORD[name] for name, value in known.items()
+        )
+        return known if is_whole else None
+    except (OSError, ValueError, LookupError, TypeError, AttributeError):
         return None
 
 
@@ -119,20 +130,24 @@ def _attempt(task, attempt):
     path, started, happened = attempt / NOTEBOOK_NAME, time.perf_counter(), {"status": DONE}
     with _Watch(task, processes) as watch:
         try:
-            papermill.execute_notebook(
+            executed = papermill.execute_notebook(
                 nbformat.reads(task.notebook_json, as_version=4),
                 str(path).replace("{", "{{").replace("}", "}}"),  # papermill formats it
                 parameters=values,
                 progress_bar=False,
+                # Whatever kernel a notebook names or leaves out: it runs in this Python.
+                kernel_name="python3",
+                language="python",
                 kernel_manager_class=manager_class,
                 # Not cwd=: that would move this whole process, and other runs are in its threads.
                 resources={"metadata": {"path": task.notebook_folder}},
                 start_timeout=START_SECONDS,
             )
+            happened |= _find_early_end(executed.cells, task, values)
         except PapermillExecutionError as error:
             happened = {
                 "status": FAILED,
-                "error": f"{error.ename}: {error.evalue}",
+                "error": _cut(f"{error.ename}: {error.evalue}"),
                 **_describe_cell(error.cell_index, error.source, task, values),
             }
         except Exception:  # nbclient says in many ways that its kernel is gone
@@ -221,11 +236,32 @@ def _find_running_cell(path, task, values):
     return {}
 
 
+def _find_early_end(cells, task, values):
+    """`sys.exit(0)` is a success to papermill; that cells below it never ran is told."""
+    for index, cell in enumerate(cells):
+        ended = any(
+            output.output_type == "error" and output.ename == "SystemExit"
+            for output in cell.get("outputs", [])
+        )
+        if ended and any(below.cell_type == "code" for below in cells[index + 1 :]):
+            told = "SystemExit: the notebook ended itself here; the cells below did not run"
+            return {"error": told, **_describe_cell(index, cell.source, task, values)}
+    return {}
+
+
+def _cut(message):
+    left_out = len(message) - ERROR_LETTERS
+    return message if left_out <= 0 else f"{message[:ERROR_LETTERS]} ... ({left_out} letters more)"
+
+
 def _describe_cell(index, source, task, values):
-    """Counts as the source does, where papermill's own cell with the values is not."""
-    cells = json.loads(task.notebook_json)["cells"]
-    tagged = [i for i, cell in enumerate(cells) if "parameters" in cell["metadata"].get("tags", [])]
-    is_after = values and index > tagged[0]
+    """Counts as the source does, where papermill's own cell with the values is not.
+
+    A notebook that papermill has executed before has such a cell already, which is replaced.
+    """
+    tags = [cell["metadata"].get("tags", []) for cell in json.loads(task.notebook_json)["cells"]]
+    is_new = values and not any("injected-parameters" in each for each in tags)
+    is_after = is_new and index > next(i for i, each in enumerate(tags) if "parameters" in each)
     return {"failed_cell": index - 1 if is_after else index, "failed_source": source}
 
 

@@ -97,7 +97,7 @@ def read_grid(source):
         ValidationError: It is not there, no YAML, or no grid; the message names the line.
     """
     if isinstance(source, dict):
-        return _build_grid(source, "grid", {})
+        return _build_grid(_as_yaml(source), "grid", {})
     if not isinstance(source, (str, os.PathLike)) or not str(source):
         raise ValidationError(
             f"grid: got {type(source).__name__} {source!r:.80}, expected a YAML file, the name of "
@@ -110,6 +110,17 @@ def read_grid(source):
         raise ValidationError(f"{path}: cannot be read as a grid ({error}).") from error
     content, lines = _parse(text, path.name)
     return _build_grid(content, path.name, lines)
+
+
+def _as_yaml(value):
+    """A grid of Python in YAML's words: a tuple, a range or an array is a list, a path is text."""
+    if hasattr(value, "tolist"):  # numpy's and torch's
+        value = value.tolist()
+    if isinstance(value, dict):
+        return {key: _as_yaml(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple, range)):
+        return [_as_yaml(item) for item in value]
+    return str(value) if isinstance(value, os.PathLike) else value
 
 
 def find_grid(source):
@@ -167,18 +178,22 @@ def _parse(text, name):
         raise ValidationError(f"{name}{line}: not valid YAML ({problem}).") from error
 
 
-def _find_lines(node, name):
+def _find_lines(node, name, above=()):
     lines = {}
+    if any(node is outer for outer in above):
+        line = node.start_mark.line + 1
+        raise ValidationError(f"{name}, line {line}: an anchor (&) that contains itself (*).")
+    above = (*above, node)
     if isinstance(node, yaml.SequenceNode):
         for item in node.value:
-            lines.update(_find_lines(item, name))
+            lines.update(_find_lines(item, name, above))
     elif isinstance(node, yaml.MappingNode):
         keys = [key.value for key, _ in node.value]
         for key, value in node.value:
             line = key.start_mark.line + 1
             if isinstance(key.value, str) and keys.count(key.value) > 1:
                 raise ValidationError(f"{name}, line {line}: {key.value} is there twice.")
-            below = _find_lines(value, name)
+            below = _find_lines(value, name, above)
             lines = {**below, **lines, key.value: line} if isinstance(key.value, str) else lines
     return lines
 
@@ -198,7 +213,7 @@ def _build_grid(content, name, lines):
     grid = Grid(name, {}, (), (), lines=lines)
     fixed = _check_mapping(content.get("fixed"), "fixed", grid)
     axes = [
-        tuple({key: value} for value in _read_values(value, key, grid))
+        _check_differ([{key: value} for value in _read_values(value, key, grid)], grid)
         for key, value in _check_mapping(content.get("grid"), "grid", grid).items()
     ]
     for group in _check_list(content.get("zip"), "zip", grid):
@@ -224,6 +239,11 @@ def _build_grid(content, name, lines):
     max_runs = content.get("max_runs", MAX_RUNS)
     if type(max_runs) is not int or max_runs < 1:
         raise ValidationError(f"{grid.where('max_runs')}: max_runs is {max_runs!r}, expected 1 up.")
+    if not names:
+        raise ValidationError(
+            f"{name}: an empty grid, it names no parameter. Expected `name: value` below fixed, or "
+            "`name: [value, ...]` below grid or zip; sdkit/grids/ has examples."
+        )
     return Grid(name, fixed, tuple(axes), exclude, max_runs, lines)
 
 
@@ -251,22 +271,34 @@ def _zip_group(group, grid):
             f"{grid.where(next(iter(group), 'zip'))}: zipped values are {lengths} long, expected "
             "as many of each."
         )
-    return tuple(
-        dict(zip(values, each, strict=True)) for each in zip(*values.values(), strict=True)
-    )
+    choices = [dict(zip(values, each, strict=True)) for each in zip(*values.values(), strict=True)]
+    return _check_differ(choices, grid)
+
+
+def _check_differ(choices, grid):
+    """Returns the choices of an axis; of a zipped one only the whole may not be there twice."""
+    for i, choice in enumerate(choices):
+        if any(_matches(choice, other) for other in choices[:i]):
+            told = ", ".join(f"{name} = {value!r:.80}" for name, value in choice.items())
+            raise ValidationError(f"{grid.where(next(iter(choice)))}: {told} is there twice.")
+    return tuple(choices)
 
 
 def _read_values(value, name, grid):
     """Returns the values of one axis: those of a list, or those that a range means."""
     if isinstance(value, dict) and {"from", "to"} <= set(value):
-        value = _read_range(value, name, grid)
+        try:
+            value = _read_range(value, name, grid)
+        except OverflowError as error:
+            raise ValidationError(
+                f"{grid.where(name)}: the range {value} of {name} leaves the numbers that a float "
+                "can hold."
+            ) from error
     if not isinstance(value, list) or not value:
         raise ValidationError(
             f"{grid.where(name)}: {name} is {value!r}, expected a list [...] with something in it, "
             "or a range {from: 0, to: 8, step: 4}. One value for all runs stands below fixed."
         )
-    if any(_are_equal(value[i], other) for i in range(len(value)) for other in value[:i]):
-        raise ValidationError(f"{grid.where(name)}: {name} has a value twice: {value}.")
     return value
 
 
@@ -295,7 +327,7 @@ def _read_range(value, name, grid):
         )
     if step is not None:
         # The last one is there where it is met but for rounding.
-        count = math.floor((stop - start) / step + 1e-9) + 1
+        count = math.floor((stop - start) / step + 1e-9) + 1  # of infinity: OverflowError
     if count > 100 * MAX_RUNS:  # before they are all written down
         raise ValidationError(
             f"{grid.where(name)}: the range {value} of {name} has {count} values."
@@ -308,6 +340,8 @@ def _read_range(value, name, grid):
         numbers = [start + (stop - start) * i / (count - 1) for i in range(count)]
     if step is not None and type(start) is int and type(step) is int:
         return numbers
+    if not all(map(math.isfinite, numbers)):
+        raise OverflowError
     return [float(f"{number:.{SIGNIFICANT_DIGITS}g}") for number in numbers]
 
 

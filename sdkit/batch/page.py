@@ -117,7 +117,8 @@ def _link(folder, row):
     if row["path"] is None or not (folder / row["path"] / PAGE_NAME).is_file():
         return ""
     link = f'<a href="{row["path"]}/{PAGE_NAME}">The executed notebook</a>'
-    return f"<p>{link}, {row['seconds']:.1f} s</p>"
+    took = "" if row["seconds"] is None else f", {row['seconds']:.1f} s"
+    return f"<p>{link}{took}</p>"
 
 
 PAGE = """<!doctype html>

@@ -119,6 +119,11 @@ def check_run_values(values, parameters, grid):
                 + (f"Did you mean {close[0]}? " if close else "")
                 + f"It has {', '.join(parameters)}."
             )
+        if not is_plain(value):
+            raise ValidationError(
+                f"{grid.where(name)}: {name} is {value!r:.80} ({type(value).__name__}), expected "
+                "numbers, text, true, false, null, and lists and maps (with text as keys) of them."
+            )
         parameter = parameters[name]
         annotation = parameter.annotation or _name_type(parameter.default)
         tree = ast.parse(annotation, mode="eval").body if annotation else None
@@ -130,6 +135,15 @@ def check_run_values(values, parameters, grid):
         is_float = tree is not None and not _fits(value, tree, widen=False)
         checked[name] = float(value) if is_float and type(value) is int else value
     return checked
+
+
+def is_plain(value):
+    """Whether a value is JSON's: papermill hands on a set or a tuple as text, a key as text too."""
+    if type(value) is dict:
+        return all(type(key) is str and is_plain(item) for key, item in value.items())
+    if type(value) is list:
+        return all(map(is_plain, value))
+    return value is None or type(value) in (bool, int, float, str)
 
 
 def check_loadable(runs, grid, folder, *, here=True):

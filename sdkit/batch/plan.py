@@ -20,6 +20,7 @@ from sdkit.batch.parameters import (
     check_loadable,
     check_run_values,
     check_trainable,
+    is_plain,
     read_notebook,
     read_parameters,
 )
@@ -142,18 +143,15 @@ def save_plan(plan, folder):
 
 def _make_run(notebook, complete, values):
     source = [cell.source for cell in notebook.cells if cell.cell_type == "code"]
-    content = _canonical([source, complete, sdkit.__version__])
+    # A default such as a set stands in the source.
+    known = {name: value for name, value in complete.items() if is_plain(value)}
+    content = _canonical([source, known, sdkit.__version__])
     run_id = hashlib.sha256(content.encode()).hexdigest()[:ID_LENGTH]
     return Run(run_id, values, complete.get("backend"))
 
 
 def _canonical(value):
-    try:
-        return json.dumps(value, sort_keys=True)
-    except (TypeError, ValueError) as error:
-        raise ValidationError(
-            f"grid: {error}. Expected numbers, text, true, false, null, and lists and maps of them."
-        ) from error
+    return json.dumps(value, sort_keys=True)
 
 
 def _refuse_twins(runs, grid):

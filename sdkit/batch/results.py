@@ -1,6 +1,7 @@
 """What came out: one row a run, read from the runs' folders, so that it holds after any ending."""
 
 import json
+import os
 from pathlib import Path
 
 import pandas as pd
@@ -37,11 +38,16 @@ def load_results(folder):
     Raises:
         ValidationError: There is no sweep.
     """
+    if not isinstance(folder, (str, os.PathLike)):
+        raise ValidationError(f"folder: got {folder!r:.80}, expected the path of a sweep's folder.")
     folder = Path(folder)
     try:
         plan = json.loads((folder / PLAN_NAME).read_text(encoding="utf-8"))
-        varied, notebook = [name_column(name) for name in plan["varied"]], str(plan["notebook"])
-        names = [name_column(name) for name in plan["runs"][0]["values"]]
+        first, notebook = list(plan["runs"][0]["values"]), str(plan["notebook"])
+        if any(list(run["values"]) != first for run in plan["runs"]):
+            raise ValueError("its runs have different parameters")
+        names = [name_column(name) for name in first]
+        varied = [names[first.index(name)] for name in plan["varied"]]
         rows = [_read_row(folder, run) for run in plan["runs"]]
     except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
         raise ValidationError(
@@ -50,6 +56,10 @@ def load_results(folder):
         ) from error
     order = ["run_id", "status", "good", *names, *LEADING]
     table = pd.DataFrame(rows)
+    for name in names:  # a 7 beside a null stays 7, which pandas by itself makes 7.0
+        values = [row[name] for row in rows]
+        if len({type(value) for value in values}) > 1:
+            table[name] = pd.Series(values, dtype=object)
     found = [name for name in table if name not in (*order, *TRAILING)]
     table = table[[*order, *found, *TRAILING]]
     table["failed_cell"] = table["failed_cell"].astype("Int64")
@@ -76,7 +86,9 @@ def save_results(table, folder):
     plain = table.copy()
     for name in filter(lambda name: pd.api.types.is_object_dtype(plain[name]), plain):
         kinds = {type(value) for value in plain[name] if value is not None}
-        if kinds - {str} and kinds != {bool}:
+        if kinds == {int} and all(abs(value or 0) < 2**63 for value in plain[name]):
+            plain[name] = plain[name].astype("Int64")
+        elif kinds - {str} and kinds != {bool}:
             plain[name] = [None if value is None else _as_text(value) for value in plain[name]]
     paths = Path(folder) / CSV_NAME, Path(folder) / PARQUET_NAME
     with replace_file(paths[0]) as temporary:

@@ -1,12 +1,15 @@
 """`sdkit sweep`: a notebook over a grid of parameters."""
 
 import json
+import textwrap
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from sdkit.commands.options import BAD, AsJson
+
+LINE_LETTERS = 300  # of an error; the table has it all
 
 
 def sweep(
@@ -52,6 +55,7 @@ def sweep(
     """
     from sdkit.batch.results import list_rows
     from sdkit.batch.sweep import choose_folder, run_sweep
+    from sdkit.generation.record import plain
 
     folder = output or choose_folder(grid, notebook)
     table = run_sweep(
@@ -60,12 +64,13 @@ def sweep(
     )  # fmt: skip
     rows = list_rows(table)
     if as_json:
-        typer.echo(json.dumps({"folder": str(folder), "runs": rows}, indent=2))
+        typer.echo(json.dumps(plain({"folder": str(folder), "runs": rows}), indent=2))
     else:
         for row in rows:
-            if not row["good"]:
+            if row["error"] or not row["good"]:
                 values = ", ".join(f"{name}={row[name]}" for name in table.attrs["varied"])
                 said = row["error"] or f"invalid: {row['verdicts'] or 'images'}"
+                said = textwrap.shorten(said, LINE_LETTERS, placeholder=" ...")
                 where = "" if row["failed_cell"] is None else f" (cell {row['failed_cell']})"
                 typer.echo(f"{row['status']:<12} {values}: {said}{where}")
         typer.echo(f"{table['good'].sum()} of {len(rows)} runs are good")
