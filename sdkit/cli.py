@@ -2,9 +2,10 @@
 
 What a command needs is imported inside it, so that `sdkit --help` answers at once. Every error is
 one sentence and a next step; exit 1 means that something was found bad, 2 that a command cannot
-be carried out as it was given.
+be carried out as it was given. With --json that sentence is in the output too, as {"error": ...}.
 """
 
+import json
 import sys
 from importlib import import_module
 from typing import Annotated
@@ -27,12 +28,16 @@ COMMANDS = {  # in the order of the story, each in a line that the list of comma
 }
 
 
+AS_JSON = "sdkit.as_json"
+
+
 class Commands(TyperGroup):
     """The commands; what they raise becomes one line and an exit code, for all of them alike."""
 
     def parse_args(self, ctx, args):
-        """Takes --debug wherever it stands before a --."""
+        """Takes --debug wherever it stands before a --, and notes whether JSON is asked for."""
         end = args.index("--") if "--" in args else len(args)
+        ctx.meta[AS_JSON] = "--json" in args[:end]
         if "--debug" in args[:end]:
             args = ["--debug", *(a for a in args[:end] if a != "--debug"), *args[end:]]
         return super().parse_args(ctx, args)
@@ -49,7 +54,11 @@ class Commands(TyperGroup):
             typer.echo("interrupted", err=True)
             raise typer.Exit(INTERRUPTED) from None
         except Exception as error:
-            if ctx.params.get("debug") or not (message := _explain(error)):
+            message = _explain(error)
+            if ctx.meta[AS_JSON] and (message or hasattr(error, "format_message")):
+                # Who reads the output of --json finds JSON there, whatever happened.
+                typer.echo(json.dumps({"error": message or error.format_message()}, indent=2))
+            if ctx.params.get("debug") or not message:
                 raise
             typer.echo(message, err=True)
             raise typer.Exit(UNUSABLE) from error

@@ -83,6 +83,34 @@ def test_what_cannot_be_carried_out_exits_with_2(tmp_path, monkeypatch, argument
     assert result.stdout == ""
 
 
+@pytest.mark.parametrize(
+    ("command", "message"),
+    [
+        (["check", "bare"], "no image in this folder"),
+        (["check"], "Missing argument"),
+        (["check", "--jsn", "x"], "No such option"),
+        (["diagnose", "--incident", "nowhere"], "nowhere"),
+        (["diagnose", "--dtype", "float17"], "float17"),
+        (["diagnose", "--reproduction", "bare"], "bare: is a folder"),
+        (["doctor", "--emulate", "nothing"], "nothing"),
+        (["evaluate", "nowhere"], "nowhere"),
+        (["fix", "nowhere/"], "nowhere"),
+        (["prepare", "nowhere", "out"], "nowhere"),
+        (["sweep", "nowhere.ipynb", "report_ablation"], "nowhere.ipynb: no such notebook"),
+        (["train", "--rank", "0"], "rank"),
+        (["train", "--resume", "bare"], "no training to resume there"),
+    ],
+    ids=" ".join,
+)
+def test_json_is_json_also_where_a_command_is_refused(tmp_path, monkeypatch, command, message):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "bare").mkdir()
+    result = run(*command, "--json")
+    assert result.exit_code == 2 and "Traceback" not in result.output
+    assert message in json.loads(result.stdout)["error"]
+    assert message in result.stderr and run(*command).stdout == ""
+
+
 def test_a_missing_file_is_a_bad_line_beside_the_others(images):
     result = run("check", images / "good.png", images / "no.png", images / "below" / "black.png")
     assert result.exit_code == 1

@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from sdkit.commands.options import BAD, AsJson, refuse
+from sdkit.commands.options import BAD, AsJson
 
 IMAGE_ENDINGS = (".png", ".jpg", ".jpeg", ".webp", ".tif", ".tiff", ".gif", ".bmp", ".ppm")
 
@@ -45,14 +45,18 @@ def find_image_files(paths):
     """Returns the files to check, each once: those named, and the images in the folders named.
 
     Raises:
-        typer.Exit: There is nothing to check in a folder.
+        ValidationError: There is nothing to check in a folder.
     """
+    from sdkit.validation import ValidationError
+
     files = {}
     for path in paths:
         if path.is_dir():
             found = _search_folder(path)
             if not found:
-                refuse(f"{path}: no image in this folder. Expected {', '.join(IMAGE_ENDINGS)}.")
+                raise ValidationError(
+                    f"{path}: no image in this folder. Expected {', '.join(IMAGE_ENDINGS)}."
+                )
             files.update(dict.fromkeys(found))
         else:
             files[path] = None  # a missing one gets its verdict in its line, beside the others
@@ -60,8 +64,12 @@ def find_image_files(paths):
 
 
 def _search_folder(folder):
+    from sdkit.validation import ValidationError
+
     def refuse_folder(error):
-        refuse(f"{error.filename}: cannot be searched ({error.strerror}). Check its permissions.")
+        raise ValidationError(
+            f"{error.filename}: cannot be searched ({error.strerror}). Check its permissions."
+        )
 
     return sorted(
         Path(parent, name)

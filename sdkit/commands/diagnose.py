@@ -15,7 +15,6 @@ from sdkit.commands.options import (
     Prompts,
     Seed,
     Steps,
-    refuse,
 )
 
 
@@ -55,9 +54,14 @@ def diagnose(
     from sdkit.diagnosis.incident_replay import diagnose_incident
     from sdkit.diagnosis.model import diagnose_model
     from sdkit.run_folder import replace_file
+    from sdkit.validation import ValidationError, check_is_writable
 
     if incident and prompts:
-        refuse("--incident brings its own prompt: leave the other out.")
+        raise ValidationError("--incident brings its own prompt: leave the other out.")
+    if reproduction:
+        check_is_writable(reproduction.resolve().parent)  # before the long work, not after
+        if reproduction.is_dir():
+            raise ValidationError(f"{reproduction}: is a folder, expected the name of a file.")
     if incident:
         found = diagnose_incident(incident, model=model, backend=backend, prove=prove)
     else:
@@ -71,9 +75,6 @@ def diagnose(
     if reproduction and not found.reproduction:
         typer.echo(f"{reproduction}: not written, this cause needs none", err=True)
     elif reproduction:
-        try:
-            with replace_file(reproduction) as temporary:
-                temporary.write_text(found.reproduction)
-        except OSError as error:
-            refuse(f"{reproduction}: cannot be written ({error.strerror}).")
+        with replace_file(reproduction) as temporary:
+            temporary.write_text(found.reproduction)
     raise typer.Exit(0 if found.is_healthy else BAD)

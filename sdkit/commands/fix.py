@@ -1,5 +1,6 @@
 """`sdkit fix`: the smallest change with which a model draws right."""
 
+import json
 from pathlib import Path
 from typing import Annotated
 
@@ -55,6 +56,8 @@ def fix(
             num_inference_steps=steps, guidance_scale=guidance,
         )  # fmt: skip
     except BadReferenceError as error:
+        if as_json:
+            typer.echo(json.dumps({"error": str(error)}, indent=2))
         typer.echo(error, err=True)
         raise typer.Exit(BAD) from error
     typer.echo(found.to_json() if as_json else str(found))

@@ -1,6 +1,6 @@
-"""What the commands share: their options, their exit codes, and how they refuse."""
+"""What the commands share: their options and their exit codes."""
 
-from typing import Annotated, NoReturn
+from typing import Annotated
 
 import typer
 
@@ -23,13 +23,3 @@ Memory = Annotated[
     ),
 ]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON, not text.")]
-
-
-def refuse(message) -> NoReturn:
-    """Says why a command cannot be carried out as it was given.
-
-    Raises:
-        typer.Exit: Always, with the code for that.
-    """
-    typer.echo(message, err=True)
-    raise typer.Exit(UNUSABLE)
