@@ -2,6 +2,7 @@
 
 import json
 import os
+import resource
 import shutil
 import signal
 import subprocess
@@ -10,11 +11,14 @@ from pathlib import Path
 
 import pytest
 import torch
+from tiny_images import make_splits
 from tiny_pipelines import build_tiny_pipe
 from tiny_training import make_config, make_data, make_encoded
 
 from sdkit.finetuning.checkpoints import list_checkpoints, load_checkpoint
+from sdkit.finetuning.config import LoRAConfig
 from sdkit.finetuning.report import REPORT_FILE
+from sdkit.finetuning.run_start import CONFIG_FILE
 from sdkit.finetuning.training import train_lora
 from sdkit.validation import ValidationError
 
@@ -142,6 +146,37 @@ def test_dropout_resumes_exactly(tokenizer_folder, tmp_path):
     assert ends[0] == ends[1]
 
 
+def test_copies_of_a_checkpoint_are_left_alone(tiny_pipe, tmp_path):
+    names = ("step_00000099.backup", "step_00000001 (copy)", "step_latest")
+    for name in names:
+        (tmp_path / "run" / "checkpoints" / name).mkdir(parents=True)
+    config = make_config(
+        tmp_path / "run", max_train_steps=3, checkpointing_steps=1, checkpoints_total_limit=1,
+        validation_steps=None, gradient_accumulation_steps=1,
+    )  # fmt: skip
+    train_lora(config, pipe=tiny_pipe, data=make_data(tiny_pipe), progress=False)
+    found = sorted(path.name for path in (tmp_path / "run" / "checkpoints").iterdir())
+    assert found == sorted([*names, "step_00000003"])
+
+
+def test_a_checkpoint_of_another_run_is_refused(finished, tokenizer_folder, tmp_path):
+    other = finished.replace(output_folder=tmp_path / "other", learning_rate=2e-3)
+    pipe = build_tiny_pipe(tokenizer_folder)
+    train_lora(other, pipe=pipe, data=make_data(pipe), progress=False)
+    last = list_checkpoints(finished.output_folder)[-1]
+    shutil.rmtree(last)
+    shutil.copytree(list_checkpoints(other.output_folder)[-1], last)
+    with pytest.raises(ValidationError, match=r"was made with learning_rate=0\.002, and the run"):
+        resume(finished, tokenizer_folder)
+
+
+def test_settings_that_were_edited_in_the_run_s_folder_are_seen(finished, tokenizer_folder):
+    path = Path(finished.output_folder) / CONFIG_FILE
+    path.write_text(path.read_text().replace("max_train_steps: 4", "max_train_steps: 9"))
+    with pytest.raises(ValidationError, match="was made with max_train_steps=4, and the run has 9"):
+        resume(LoRAConfig.load(path), tokenizer_folder)
+
+
 def test_no_checkpoint_is_an_error(finished, tokenizer_folder, tmp_path):
     shutil.rmtree(Path(finished.output_folder) / "checkpoints")
     with pytest.raises(ValidationError, match="no checkpoint there"):
@@ -188,3 +223,32 @@ def test_a_folder_that_cannot_be_made(tiny_pipe, tmp_path):
             make_config(tmp_path / "file" / "run"), pipe=tiny_pipe, data=make_data(tiny_pipe),
             progress=False,
         )  # fmt: skip
+
+
+def test_a_disk_that_is_full_before_the_first_checkpoint(tiny_pipe, tmp_path):
+    photos = make_splits(tmp_path / "photos", size=(64, 64))
+    config = make_config(tmp_path / "run", dataset=str(photos), resolution=64)
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    try:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (100, limits[1]))
+        with pytest.raises(ValidationError, match="run: cannot be used .File too large"):
+            train_lora(config, pipe=tiny_pipe, progress=False)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert not [path for path in tmp_path.rglob("*") if path.suffix in (".part", ".partial")]
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="another user cannot be taken on")
+def test_a_run_that_cannot_be_written_to_is_not_resumed(finished, tokenizer_folder):
+    folder = Path(finished.output_folder)
+    pipe = build_tiny_pipe(tokenizer_folder)
+    data = make_data(pipe)
+    for path in (folder, *folder.parents):
+        if path.stat().st_mode & 0o005 != 0o005:
+            path.chmod(0o755)  # of pytest's own folders, which are root's alone
+    try:
+        os.seteuid(65534)
+        with pytest.raises(ValidationError, match="run: cannot be written to"):
+            train_lora(finished, pipe=pipe, data=data, resume=True, progress=False)
+    finally:
+        os.seteuid(0)

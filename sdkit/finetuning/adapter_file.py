@@ -82,10 +82,15 @@ def pack_adapter(pipe, metadata: dict) -> bytes:
     return _sort_header(safetensors.torch.save(weights, metadata={**own, **metadata}))
 
 
+def read_header(content: bytes) -> dict:
+    """Returns the header of an adapter's bytes: {name of a weight: about it}, and the metadata."""
+    return json.loads(content[8 : 8 + int.from_bytes(content[:8], "little")])
+
+
 def _sort_header(content):
     """Puts a file's metadata in order, which the library does not: equal runs, equal files."""
     end = 8 + int.from_bytes(content[:8], "little")
-    header = json.loads(content[8:end])
+    header = read_header(content)
     header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
     text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
     text += b" " * (-len(text) % 8)  # the tensors begin at a multiple of 8

@@ -10,6 +10,7 @@ damaged: that is an error, never a reason to start afresh.
 """
 
 import contextlib
+import errno
 import hashlib
 import io
 import json
@@ -26,6 +27,29 @@ ADAPTER_FILE = "pytorch_lora_weights.safetensors"
 OPTIMIZER_FILE = "optimizer.pt"
 RECORD_FILE = "checkpoint.json"
 PARTIAL_ENDING = ".partial"
+DISK_ERRORS = {
+    getattr(errno, name, None)
+    for name in ("ENOSPC", "EDQUOT", "EFBIG", "EROFS", "EACCES", "EPERM", "EIO")
+}
+
+
+@contextlib.contextmanager
+def explain_disk_errors(run_folder):
+    """Inside, what a disk refuses is told with what is kept and how to go on.
+
+    Raises:
+        ValidationError: Instead of an OSError of a disk; those of a network go through.
+    """
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in DISK_ERRORS:
+            raise
+        kept = list_checkpoints(run_folder)
+        raise ValidationError(
+            f"{error.filename or run_folder}: cannot be used ({error.strerror}). Expected room and "
+            f"permission to write. {_say_what_is_kept(kept, run_folder)}"
+        ) from error
 
 
 def save_checkpoint(
@@ -117,11 +141,13 @@ def find_checkpoint(run_folder, step):
 
 def list_checkpoints(run_folder) -> list:
     """Returns the folders of the finished checkpoints, oldest first."""
-    return sorted(
-        path
-        for path in (Path(run_folder) / FOLDER_NAME).glob("step_*")
-        if path.suffix != PARTIAL_ENDING
-    )
+    return list_steps(Path(run_folder) / FOLDER_NAME)
+
+
+def list_steps(folder) -> list:
+    """Returns the folders in it that are named by a step; somebody's copies are not."""
+    found = Path(folder).glob("step_*")
+    return sorted(path for path in found if path.name.removeprefix("step_").isdecimal())
 
 
 def prune_checkpoints(run_folder, limit, *, spare=()):

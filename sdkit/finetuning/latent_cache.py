@@ -3,6 +3,7 @@
 A file that was cut off or altered is known by its checksum, and counts as not there.
 """
 
+import contextlib
 import hashlib
 import json
 import time
@@ -69,7 +70,8 @@ def open_cache(folder) -> Path:
     for leftover in folder.glob(".*.part"):
         pid = leftover.suffixes[-2].lstrip(".") if len(leftover.suffixes) > 1 else ""
         if pid.isdigit() and not psutil.pid_exists(int(pid)) and _is_old(leftover):
-            leftover.unlink(missing_ok=True)
+            with contextlib.suppress(OSError):  # a cache that is whole may be read alone
+                leftover.unlink()
     return folder
 
 

@@ -3,7 +3,12 @@
 import shutil
 from pathlib import Path
 
-from sdkit.finetuning.checkpoints import ADAPTER_FILE, FOLDER_NAME, find_last_checkpoint
+from sdkit.finetuning.checkpoints import (
+    ADAPTER_FILE,
+    FOLDER_NAME,
+    find_last_checkpoint,
+    list_steps,
+)
 from sdkit.finetuning.config import LoRAConfig, read_settings
 from sdkit.finetuning.report import REPORT_FILE
 from sdkit.validation import ValidationError, check_is_writable
@@ -27,6 +32,7 @@ def find_start(config: LoRAConfig, *, resume, overwrite):
         )
     if resume:
         _check_same_settings(config, folder / CONFIG_FILE)
+        check_is_writable(folder)
         return find_last_checkpoint(folder)
     if (is_run or (folder / ADAPTER_FILE).exists()) and not overwrite:
         raise ValidationError(
@@ -54,5 +60,5 @@ def clear_run_folder(folder):
     for name in (CONFIG_FILE, ADAPTER_FILE, REPORT_FILE):  # the first makes it a run
         (folder / name).unlink(missing_ok=True)
     for name in (FOLDER_NAME, IMAGES_NAME):
-        for leftover in (folder / name).glob("step_*"):
+        for leftover in list_steps(folder / name):
             shutil.rmtree(leftover)

@@ -13,6 +13,7 @@ from tqdm.auto import tqdm
 
 from sdkit.emulate import active as find_emulation
 from sdkit.finetuning.batches import draw_batch
+from sdkit.finetuning.checkpoints import explain_disk_errors
 from sdkit.finetuning.config import LoRAConfig
 from sdkit.finetuning.dropping import drop_step, go_back
 from sdkit.finetuning.finishing import describe_run, finish, make_report
@@ -83,6 +84,11 @@ def train_lora(
             there is no run to resume, or its checkpoint is damaged. On the way: the disk refuses a
             checkpoint (the last good one stays).
     """
+    with explain_disk_errors(config.output_folder):
+        return _train(config, resume, overwrite, pipe, data, on_step, progress)
+
+
+def _train(config, resume, overwrite, pipe, data, on_step, progress) -> TrainReport:
     started = time.perf_counter()
     caught = CaughtWarnings()
     try:

@@ -19,6 +19,7 @@ from sdkit.finetuning.adapter import (
 from sdkit.finetuning.adapter_file import (
     describe_training,
     pack_adapter,
+    read_header,
     sample_weights,
     unpack_adapter,
 )
@@ -266,9 +267,10 @@ def restore(run: TrainingRun, checkpoint) -> Progress:
         Its Progress.
 
     Raises:
-        ValidationError: It is damaged, or belongs to another base model or other data.
+        ValidationError: It is damaged, or belongs to another base model, other data or settings.
     """
     record, adapter, state = from_main(run.accelerator, lambda: load_checkpoint(checkpoint))
+    _check_settings(checkpoint, adapter, run)
     progress = Progress.from_dict(record)
     saved = asdict(progress)["identity"]
     for name, value in run.identity.items():
@@ -281,3 +283,18 @@ def restore(run: TrainingRun, checkpoint) -> Progress:
     write_adapter(run.pipe, unpack_adapter(adapter))
     run.optimizer.load_state_dict(state)
     return progress
+
+
+def _check_settings(checkpoint, adapter, run):
+    """Raises if a checkpoint was made with other settings: copied here, or the file was edited."""
+    saved, own = (
+        json.loads(metadata["sdkit.config"])
+        for metadata in (read_header(adapter)["__metadata__"], run.metadata)
+    )
+    for name, value in saved.items():
+        if name in own and own[name] != value:
+            raise ValidationError(
+                f"{checkpoint}: was made with {name}={value!r}, and the run has {own[name]!r}. "
+                "Expected the same settings, or a resumed run would not end where it would have; "
+                "bring them back, or train anew into another folder."
+            )
