@@ -55,8 +55,8 @@ class SafeSlicedAttnProcessor:
             attn: The `Attention` whose projections and norms are used.
             hidden_states: (B, L, C), or (B, C, h, w) as a VAE has them.
             encoder_hidden_states: (B, S, C'); None is self-attention.
-            attention_mask: Added to the scores, or bool, True where attention is allowed; of a
-                shape that `attn.prepare_attention_mask` takes.
+            attention_mask: Added to the scores, or bool, True where attention is allowed; (B, S),
+                (B, 1 or L, S), (B, 1, 1 or L, S), or with B * H in place of B.
             temb: For a VAE with spatial norm.
 
         Returns:
@@ -78,6 +78,8 @@ class SafeSlicedAttnProcessor:
         query = _split_heads(attn, attn.to_q(hidden_states), attn.norm_q)
         key = _split_heads(attn, attn.to_k(context), attn.norm_k)
         value = _split_heads(attn, attn.to_v(context))
+        if mask is not None:  # here all masks have three dimensions
+            mask = mask.reshape(len(query), -1, mask.shape[-1])
         del hidden_states, context
         hidden_states = attend_in_slices(
             query, key, value, scale=attn.scale, mask=mask, slice_size=self.slice_size
@@ -114,7 +116,11 @@ def attend_in_slices(query, key, value, *, scale, mask=None, slice_size="auto"):
 
     Returns:
         (B * H, L, D), in the query's dtype.
+
+    Raises:
+        ValidationError: The mask is of another shape.
     """
+    _check_mask(mask, query, key)
     size = choose_slice_size(query, key) if slice_size == "auto" else slice_size
     heads, rows = max(1, size // query.shape[1]), min(size, query.shape[1])
     with _leave_autocast(query.device):
@@ -130,6 +136,16 @@ def attend_in_slices(query, key, value, *, scale, mask=None, slice_size="auto"):
             for row in range(0, query.shape[1], rows)
         ]
     return torch.cat(slices).view(query.shape)
+
+
+def _check_mask(mask, query, key):
+    """Slices of a mask of another length would pass for those of a right one."""
+    (heads, queries, _), keys = query.shape, key.shape[1]
+    if mask is not None and tuple(mask.shape) not in ((heads, 1, keys), (heads, queries, keys)):
+        raise ValidationError(
+            f"attention_mask: {tuple(mask.shape)} for {queries} queries and {keys} keys of {heads} "
+            f"heads in all, expected ({heads}, 1 or {queries}, {keys})."
+        )
 
 
 def _leave_autocast(device):
@@ -169,8 +185,8 @@ def _attend(query, key, value, scale, mask):
     weights = scores.softmax(-1)
     del scores
     if mask is not None:
-        hidden = ~mask if mask.dtype is torch.bool else mask == -INFINITY
-        weights = weights.masked_fill(hidden.all(-1, keepdim=True), 0)
+        hidden = (~mask if mask.dtype is torch.bool else mask == -INFINITY).all(-1, keepdim=True)
+        weights = weights.masked_fill(hidden, 0)
     parts = zip(weights.split(KEYS_AT_ONCE, 2), value.split(KEYS_AT_ONCE, 1), strict=True)
     products = (torch.bmm(part, values.to(wide)) for part, values in parts)
     return functools.reduce(torch.add, products).to(query.dtype).flatten(0, 1)

@@ -139,6 +139,26 @@ def test_masks_in_diffusers_form_are_those_of_sdpa():
     assert compare_with_sdpa(layer, tokens, context, attention_mask=mask) <= 2e-6
 
 
+@pytest.mark.parametrize("slice_size", ["auto", 1, 7, 60])
+@pytest.mark.parametrize(
+    "shape", [(2, 9), (8, 9), (2, 25, 9), (2, 1, 1, 9), (2, 1, 25, 9)], ids=str
+)
+def test_masks_of_all_dimensions_are_those_of_sdpa(shape, slice_size):
+    layer, tokens, context = make_layer(cross_attention_dim=24), normal(2, 25, 32), normal(2, 9, 24)
+    allowed = normal(*shape, seed=5) > 0
+    allowed[..., 0] = True
+    for mask in (allowed, normal(*shape, seed=6).masked_fill(~allowed, -10_000.0)):
+        options = {"attention_mask": mask, "slice_size": slice_size}
+        assert compare_with_sdpa(layer, tokens, context, **options) <= 2e-6
+
+
+@pytest.mark.parametrize("shape", [(4, 12, 9), (4, 6, 8), (1, 6, 9), (6, 9)], ids=str)
+def test_a_mask_of_another_shape_is_refused(shape):
+    query, key = normal(4, 6, 8), normal(4, 9, 8)
+    with pytest.raises(ValidationError, match="attention_mask: .*6 queries and 9 keys"):
+        attend_in_slices(query, key, key, scale=1.0, mask=torch.zeros(shape), slice_size=2)
+
+
 @pytest.mark.parametrize("kind", ["additive", "bool"])
 def test_a_row_that_may_attend_nowhere_is_zero_and_nan_is_not_hidden(kind):
     query, key, value = (normal(2, 6, 8, seed=seed) for seed in range(3))
