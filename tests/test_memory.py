@@ -8,11 +8,14 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from diffusers import UNet2DConditionModel
+from diffusers import ControlNetModel, UNet2DConditionModel
+from peft import LoraConfig
 from tiny_pipelines import build_tiny_sd3_pipe, build_tiny_xl_pipe
 
 import sdkit
 from sdkit.emulate import mps
+from sdkit.finetuning.config import LoRAConfig
+from sdkit.loading.recipe import Recipe, take_fingerprint
 from sdkit.memory import LiveBytes, LoraTraining, build_architecture
 from sdkit.memory.stages import add_lora
 from sdkit.precision.machines import MACHINES, Machine
@@ -22,6 +25,11 @@ from sdkit.validation import ValidationError
 
 pytestmark = pytest.mark.filterwarnings("ignore::sdkit.emulate.EmulationWarning")
 MIB = 2**20
+UNET_CONFIG = {
+    "sample_size": 8, "block_out_channels": (32, 64), "layers_per_block": 1, "norm_num_groups": 8,
+    "down_block_types": ("CrossAttnDownBlock2D", "DownBlock2D"), "attention_head_dim": 2,
+    "up_block_types": ("UpBlock2D", "CrossAttnUpBlock2D"), "cross_attention_dim": 32,
+}  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -246,6 +254,19 @@ def test_verdicts():
         ({"image_size": (64, 64, 3)}, "image_size=.*two"),
         ({"batch_size": 0}, "batch_size=0"),
         ({"batch_size": 1.5}, "batch_size=1.5"),
+        ({"batch_size": True}, "batch_size=True"),
+        ({"batch_size": "2"}, "batch_size='2'"),
+        ({"image_size": True}, "image_size=True"),
+        ({"image_size": "64"}, "image_size='64': expected a multiple of 8"),
+        ({"image_size": (64, float("nan"))}, "image_size=.*multiple of 8"),
+        ({"recipe": "no.json"}, "no.json: no recipe can be read"),
+        ({"recipe": {}}, "recipe={}: expected a Recipe"),
+        ({"training": "lora"}, "training='lora': expected a LoRAConfig"),
+        ({"training": {"ranks": 4}}, "training={'ranks': 4}: expected a LoRAConfig"),
+        ({"training": {"rank": 0}}, "training.rank=0: expected a whole number from 1 on"),
+        ({"training": {"target_modules": ()}}, r"training.target_modules=\(\): expected names"),
+        ({"training": {"target_modules": ("nope",)}}, "training.target_modules=.*nope.*not found"),
+        ({"model": UNET_CONFIG, "vae_tiling": True}, "vae_tiling: there is no VAE"),
         ({"attention": "flash"}, "attention='flash': expected one of sdpa"),
         ({"device_type": "tpu"}, "device_type='tpu'"),
         ({"model": "sd9"}, "sd9: no such file or folder"),
@@ -314,3 +335,81 @@ def test_sd15_at_full_size_is_predicted_within_a_tenth(case, monkeypatch):
     predicted = predict_memory(model, image_size=size, training=training, device_type="cpu")
     assert predicted.total_bytes == pytest.approx(measured["live"], rel=0.1)
     assert predicted.total_bytes == pytest.approx(measured["process"], rel=0.1)
+
+
+def test_a_configuration_is_predicted_as_its_model_is(tiny_pipe, tmp_path):
+    unet, vae = tiny_pipe.unet, tiny_pipe.vae
+    expected = predict_memory(unet).stage_bytes
+    unet.save_config(tmp_path)
+    for named in (unet.config, UNET_CONFIG, tmp_path, str(tmp_path / "config.json")):
+        assert predict_memory(named).stage_bytes == expected
+    parts = {"unet": dict(unet.config), "vae": vae.config, "text_encoder": tiny_pipe.text_encoder}
+    assert predict_memory(parts).total_bytes == predict_memory(tiny_pipe).total_bytes
+
+
+@pytest.mark.parametrize("named", [{}, {"a": 1}, {"in_channels": "x", "latent_channels": 3}])
+def test_what_is_no_configuration_is_said(named, tmp_path):
+    with pytest.raises(ValidationError, match="tells no class|no model can be made"):
+        predict_memory(named)
+    (tmp_path / "config.json").write_text("[")
+    with pytest.raises(ValidationError, match=r"config.json: no configuration can be read"):
+        predict_memory(tmp_path)
+
+
+def test_sizes_and_widths_that_are_tuples_and_those_that_are_missing():
+    wide = predict_memory(UNET_CONFIG | {"sample_size": (8, 16), "cross_attention_dim": (32, 32)})
+    assert wide.image_size == (64, 128)
+    assert wide.stage_bytes == predict_memory(UNET_CONFIG, image_size=(64, 128)).stage_bytes
+    nameless = UNET_CONFIG | {"sample_size": None}
+    assert predict_memory(nameless, image_size=64).image_size == (64, 64)
+    with pytest.raises(ValidationError, match="image_size=None: .*no sample_size"):
+        predict_memory(nameless)
+    with pytest.raises(ValidationError, match="others are not predicted"):
+        predict_memory(UNET_CONFIG | {"cross_attention_dim": (32, 48)})
+
+
+def test_a_unet_is_trained_alone_whatever_it_reads(tiny_pipe):
+    alone = predict_memory(tiny_pipe.unet, training=LoraTraining())
+    assert set(alone.stage_bytes) == {"unet, forward and backward"}
+    inpainting = predict_memory(UNET_CONFIG | {"in_channels": 9}, training=LoraTraining())
+    assert inpainting.gradient_bytes == alone.gradient_bytes
+    tiny_pipe.unet.add_adapter(LoraConfig(r=4, target_modules=["to_q"]))
+    with pytest.warns(UserWarning, match="multiple adapters"):
+        beside = predict_memory(tiny_pipe.unet, training=LoraTraining())
+    assert beside.gradient_bytes == alone.gradient_bytes
+    assert beside.total_weight_bytes > alone.total_weight_bytes
+
+
+def test_a_training_is_told_in_several_ways():
+    expected = predict_memory(UNET_CONFIG, training=LoraTraining(gradient_checkpointing=True))
+    for training in ({"gradient_checkpointing": True}, LoRAConfig(gradient_checkpointing=True)):
+        assert predict_memory(UNET_CONFIG, training=training) == expected
+    assert predict_memory(UNET_CONFIG, training=True) == predict_memory(UNET_CONFIG, training={})
+    assert predict_memory(UNET_CONFIG, training=False).task == "inference"
+
+
+def test_a_compiled_unet_is_predicted_as_it_is(tiny_pipe):
+    expected = predict_memory(tiny_pipe)
+    tiny_pipe.unet = torch.compile(tiny_pipe.unet)
+    assert predict_memory(tiny_pipe).stage_bytes == expected.stage_bytes
+
+
+def test_what_is_not_called_in_a_prediction_is_said(tiny_pipe):
+    parts = {"unet": tiny_pipe.unet, "controlnet": ControlNetModel.from_unet(tiny_pipe.unet)}
+    predicted = predict_memory(parts)
+    assert "controlnet: its weights are counted, its calls are not" in str(predicted)
+    assert predicted.weight_bytes["controlnet"] > 0
+
+
+def test_a_recipe_of_another_model_is_refused(tiny_pipe, tmp_path):
+    recipe = Recipe(
+        version=1, model="tiny", fingerprint=take_fingerprint(tiny_pipe), dtype="float16",
+        float32=("vae",), psnr_db=50.0, healthy_db=50.0, tolerance_db=1.0, trials=1,
+        bisect_trials=None, weight_bytes=1, float32_weight_bytes=2, prompts=("a",), made_on={},
+    )  # fmt: skip
+    path = recipe.save(tmp_path / "recipe.json")
+    assert predict_memory(tiny_pipe, recipe=path).dtypes["vae"] == "float32"
+    with pytest.raises(ValidationError, match="recipe: made for tiny; this .* is another .shapes"):
+        predict_memory("mini", recipe=recipe)
+    with pytest.raises(ValidationError, match="the recipe decides"):
+        predict_memory(tiny_pipe, recipe=recipe, dtype="float16")

@@ -11,7 +11,7 @@ from types import SimpleNamespace
 
 from sdkit.device import GIB
 from sdkit.memory import read_architecture, trace_inference
-from sdkit.memory.architectures import is_traceable
+from sdkit.memory.architectures import find_own_size, is_traceable
 from sdkit.slicing import use_sliced_attention
 
 CERTAIN = 2
@@ -44,10 +44,9 @@ def _trace(folder, components, sliced):
     if not {"unet", "vae"} <= set(components):
         return {}
     shapes = read_architecture(folder, ("unet", "vae"))  # text encoders never take the most
-    if not is_traceable(shapes):
+    latent_size = find_own_size(shapes["unet"]) if is_traceable(shapes) else None
+    if latent_size is None:
         return {}
     if sliced:
         use_sliced_attention(SimpleNamespace(components=shapes))
-    sample_size = shapes["unet"].config.sample_size
-    sides = (sample_size, sample_size) if isinstance(sample_size, int) else tuple(sample_size)
-    return trace_inference(shapes, latent_size=sides, device_type="mps")
+    return trace_inference(shapes, latent_size=latent_size, device_type="mps")

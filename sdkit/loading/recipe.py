@@ -140,22 +140,24 @@ def take_fingerprint(pipe) -> dict:
     """{component: {"class", "shapes", "values"}}: which model this is, whatever its dtype.
 
     The values are a few of each tensor, as float16; of a bfloat16 component they are None, for
-    bfloat16 has rounded them differently.
+    bfloat16 has rounded them differently, and of shapes without values (the meta device) as well.
     """
     return {name: describe_model(component) for name, component in find_models(pipe).items()}
 
 
 def describe_model(model) -> dict:
-    shapes, values, dtypes = hashlib.sha256(), hashlib.sha256(), set()
+    shapes, values, unknown = hashlib.sha256(), hashlib.sha256(), False
     for name, parameter in sorted(model.named_parameters()):
         shapes.update(f"{name}{tuple(parameter.shape)}".encode())
+        if parameter.is_meta or parameter.dtype is torch.bfloat16:
+            unknown = True
+            continue
         sample = parameter.detach().flatten()[:SAMPLED_VALUES].cpu()
         values.update(sample.to(torch.float16).view(torch.uint8).numpy().tobytes())
-        dtypes.add(parameter.dtype)
     return {
         "class": type(model).__name__,
         "shapes": shapes.hexdigest()[:16],
-        "values": None if torch.bfloat16 in dtypes else values.hexdigest()[:16],
+        "values": None if unknown else values.hexdigest()[:16],
     }
 
 

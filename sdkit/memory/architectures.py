@@ -3,8 +3,11 @@
 import copy
 import importlib
 import json
+from collections.abc import Mapping
 
+import diffusers
 import torch
+import transformers
 from diffusers import AutoencoderKL, UNet2DConditionModel
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
@@ -70,6 +73,10 @@ ARCHITECTURES = {
 }
 
 
+# Keys that one of the two alone has.
+TELLING_KEYS = {"cross_attention_dim": UNet2DConditionModel, "latent_channels": AutoencoderKL}
+
+
 def build_architecture(name, *, device="meta"):
     """Builds the components of a known model, float32, in inference mode.
 
@@ -109,12 +116,45 @@ def read_architecture(folder, components):
     return modules
 
 
+def build_configuration(config):
+    """Builds one model on the meta device from its configuration.
+
+    Args:
+        config: A dict, as a config.json or `model.config` holds it, or one of transformers.
+
+    Returns:
+        The module, float32, in inference mode; None if the configuration does not tell its class.
+    """
+    config = config if isinstance(config, Mapping) else config.to_dict()
+    names = [config.get("_class_name"), *(config.get("architectures") or ())]
+    kinds = [getattr(library, str(n), None) for library in (diffusers, transformers) for n in names]
+    # What a model made without a file keeps of itself has no name in it.
+    kinds += [kind for key, kind in TELLING_KEYS.items() if key in config]
+    kind = next((kind for kind in kinds if kind), None)
+    if kind is None or hasattr(kind, "load_config"):
+        return kind and _build(kind, config, "meta")
+    return _build(kind, kind.config_class.from_dict(config), "meta")
+
+
 def _build(kind, config, device):
     with torch.device(device):
         if not hasattr(kind, "load_config"):
             is_read = not isinstance(config, dict)
             return kind(config if is_read else CLIPTextConfig(**config)).eval()
         return kind.from_config(config).eval()
+
+
+def find_text_width(unet):
+    """Width of the text that a UNet's cross-attention reads; None if its blocks read several."""
+    width = unet.config.cross_attention_dim
+    widths = {width} if isinstance(width, int) else set(width)
+    return widths.pop() if len(widths) == 1 else None
+
+
+def find_own_size(model):
+    """(height, width) that a UNet's or VAE's configuration tells, in what it takes; or None."""
+    size = model.config.sample_size
+    return (size, size) if isinstance(size, int) else size and tuple(size)
 
 
 def is_traceable(components):
@@ -129,6 +169,7 @@ def is_traceable(components):
         and unet.config.addition_embed_type in (None, "text_time")
         and unet.class_embedding is None
         and unet.config.encoder_hid_dim_type is None
+        and find_text_width(unet) is not None
     )
 
 

@@ -12,6 +12,7 @@ import torch
 from peft import LoraConfig
 from torch.utils._python_dispatch import _disable_current_modes
 
+from sdkit.memory.architectures import find_text_width
 from sdkit.memory.live_bytes import LiveBytes, sdpa_as_on
 
 TOKENS = 77
@@ -27,11 +28,13 @@ class LoraTraining:
         rank: Of the adapters.
         gradient_checkpointing: Whether blocks are computed again in the backward pass.
         target_modules: Layers of the UNet that get an adapter.
+        optimizer: "adamw", "adam", "lion" or "sgd".
     """
 
     rank: int = 8
     gradient_checkpointing: bool = False
     target_modules: tuple = ATTENTION_PROJECTIONS
+    optimizer: str = "adamw"
 
 
 def trace_inference(components, *, latent_size, batch_size=1, device_type="cpu", guidance=True):
@@ -82,16 +85,17 @@ def trace_training(components, training, *, latent_size, batch_size=1, device_ty
     Returns:
         {stage: peak bytes besides the weights}, gradients among them.
     """
-    unet, vae = components["unet"], components["vae"]
+    unet, vae = components["unet"], components.get("vae")
     add_lora(unet, training)
-    factor = 2 ** (len(vae.config.block_out_channels) - 1)
-    pixels = (batch_size, vae.config.in_channels, *(factor * side for side in latent_size))
     stages = {
         name: lambda encoder=encoder: _encode_text(encoder, batch_size)
         for name, encoder in components.items()
         if name.startswith("text_encoder")
     }
-    stages["vae encoder"] = lambda: vae.encode(_make(vae, *pixels)).latent_dist.sample()
+    if vae:
+        factor = 2 ** (len(vae.config.block_out_channels) - 1)
+        pixels = (batch_size, vae.config.in_channels, *(factor * side for side in latent_size))
+        stages["vae encoder"] = lambda: vae.encode(_make(vae, *pixels)).latent_dist.sample()
     with torch.no_grad():
         peaks = {
             name: _count_peak(stage, components[name.split()[0]], device_type)
@@ -99,7 +103,7 @@ def trace_training(components, training, *, latent_size, batch_size=1, device_ty
         }
 
     def step():
-        noise = _make(unet, batch_size, unet.config.in_channels, *latent_size, dtype=torch.float32)
+        noise = _make(unet, batch_size, unet.config.out_channels, *latent_size, dtype=torch.float32)
         noise_pred = _predict_noise(unet, batch_size, latent_size)
         torch.nn.functional.mse_loss(noise_pred.float(), noise).backward()
 
@@ -120,9 +124,12 @@ def add_lora(unet, training):
         The parameters to train.
     """
     unet.requires_grad_(False)
-    unet.add_adapter(
-        LoraConfig(r=training.rank, target_modules=list(training.target_modules)), "predicted"
-    )
+    modules = training.target_modules
+    modules = modules if isinstance(modules, str) else list(modules)  # peft's: a regular expression
+    with (
+        unet.device
+    ):  # beside an adapter that is there already peft would leave a new one on the CPU
+        unet.add_adapter(LoraConfig(r=training.rank, target_modules=modules), "predicted")
     trained = [parameter for parameter in unet.parameters() if parameter.requires_grad]
     for parameter in trained:
         parameter.data = parameter.data.float()
@@ -165,7 +172,7 @@ def _predict_noise(unet, rows, latent_size):
     return unet(
         _make(unet, rows, config.in_channels, *latent_size),
         _make(unet, rows, dtype=torch.int64),
-        _make(unet, rows, TOKENS, config.cross_attention_dim),
+        _make(unet, rows, TOKENS, find_text_width(unet)),
         return_dict=False,
         **conditions,
     )[0]

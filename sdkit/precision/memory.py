@@ -7,31 +7,21 @@ and gives back before it returns, and what an allocator keeps.
 
 from dataclasses import dataclass
 
-import torch
-from diffusers import AutoencoderKL, UNet2DConditionModel
-
 from sdkit.device import GIB
 from sdkit.loading import load_pipeline
-from sdkit.loading.checkpoint import find_checkpoint
 from sdkit.loading.dtype_policy import dtype_name
 from sdkit.loading.modules import find_models
 from sdkit.loading.weights import count_weight_bytes
-from sdkit.memory import (
-    ARCHITECTURES,
-    build_architecture,
-    read_architecture,
-    trace_inference,
-    trace_training,
-)
-from sdkit.memory.architectures import copy_onto_meta, is_traceable
+from sdkit.memory import ARCHITECTURES, build_architecture, trace_inference, trace_training
 from sdkit.precision.machines import Verdict, judge
 from sdkit.precision.memory_case import (
     MemoryCase,
     apply_case,
-    check_case,
     find_scale,
+    read_case,
     read_size,
 )
+from sdkit.precision.shapes import open_shapes
 from sdkit.validation import ValidationError
 
 
@@ -144,12 +134,14 @@ def predict_memory(
 
     Args:
         model: "sd15", "sdxl" (known configurations), "mini", a folder, a .safetensors file, a Hub
-            id in the local cache, a pipeline, or a UNet2DConditionModel or AutoencoderKL.
+            id in the local cache, a pipeline, or a UNet2DConditionModel or AutoencoderKL; or a
+            configuration: such as `unet.config`, a config.json, or {component: configuration}.
         dtype: As in `load_pipeline`; None is what a pipeline has, else float32.
-        recipe: A `Recipe` instead of a dtype.
+        recipe: A `Recipe` or its file instead of a dtype.
         image_size: In pixels, a number or (height, width); None is the model's own.
         batch_size: Images at a time; guidance doubles the UNet's batch in a generation.
-        training: None for a generation, or a `LoraTraining`, or anything with its attributes.
+        training: None for a generation, or a `LoRAConfig`, a `LoraTraining`, or anything with its
+            attributes; a dict of some of them, True for its defaults.
         attention: "sdpa", "sliced", "diffusers-sliced" or "plain".
         device_type: "mps", where SDPA makes the scores of all heads, or "cuda" or "cpu", where it
             does not. The verdicts are about Macs, so MPS it is if nothing is said.
@@ -163,7 +155,7 @@ def predict_memory(
         ValidationError: A model that is no Stable Diffusion 1.x, 2.x or XL, or an argument that
             makes no sense.
     """
-    case = check_case(
+    case = read_case(
         MemoryCase(
             dtype, recipe, image_size, batch_size, training, attention, device_type,
             vae_slicing, vae_tiling,
@@ -183,9 +175,9 @@ def measure_memory(model, case):
         A MemoryPrediction of what was alive; see `LiveBytes` for what that leaves out.
     """
     if model in ARCHITECTURES:
-        return count_memory(model, build_architecture(model, device="cpu"), check_case(case))
+        return count_memory(model, build_architecture(model, device="cpu"), read_case(case))
     pipe, report = load_pipeline(model, backend="cpu", dtype="float32", progress=False)
-    return count_memory(report.resolved, find_models(pipe), check_case(case))
+    return count_memory(report.resolved, find_models(pipe), read_case(case))
 
 
 def count_memory(name, components, case):
@@ -200,6 +192,11 @@ def count_memory(name, components, case):
         A MemoryPrediction.
     """
     notices = apply_case(components, case)
+    notices += [
+        f"{name}: its weights are counted, its calls are not"
+        for name in components
+        if name not in ("unet", "vae") and not name.startswith("text_encoder")
+    ]
     image_size, scale = read_size(case.image_size, components), find_scale(components)
     options = {
         "latent_size": tuple(side // scale for side in image_size),
@@ -211,7 +208,13 @@ def count_memory(name, components, case):
         stage_bytes = trace_inference(components, **options)
     elif "unet" in components:
         frozen_bytes = _count_bytes(components)
-        stage_bytes = trace_training(components, case.training, **options)
+        try:
+            stage_bytes = trace_training(components, case.training, **options)
+        except ValueError as error:  # peft's, where the names fit no layer that it can adapt
+            reason = " ".join(str(error).split())
+            raise ValidationError(
+                f"training.target_modules={case.training.target_modules!r}: {reason}"
+            ) from error
         trained_bytes = _count_bytes(components) - frozen_bytes
     else:
         raise ValidationError(f"{name}: has no UNet to train.")
@@ -229,34 +232,6 @@ def count_memory(name, components, case):
         optimizer_bytes=case.states * trained_bytes,
         notices=tuple(notices),
     )
-
-
-def open_shapes(model):
-    """Returns a name and {component: module on the meta device} for whatever names a model."""
-    if isinstance(model, str) and model in ARCHITECTURES:
-        return model, build_architecture(model)
-    if isinstance(model, torch.nn.Module):
-        part = {UNet2DConditionModel: "unet", AutoencoderKL: "vae"}.get(type(model))
-        name, components = type(model).__name__, {part: model} if part else {}
-    elif hasattr(model, "components"):
-        name = str(model.config.get("_name_or_path") or type(model).__name__)
-        components = find_models(model)
-    else:
-        checkpoint = find_checkpoint(model, local_files_only=True)
-        components = read_architecture(checkpoint.config_folder, checkpoint.components)
-        return checkpoint.resolved, _check_is_traceable(checkpoint.asked, components)
-    _check_is_traceable(name, components)
-    return name, {part: copy_onto_meta(module) for part, module in components.items()}
-
-
-def _check_is_traceable(name, components):
-    if not is_traceable(components):
-        found = ", ".join(type(module).__name__ for module in components.values()) or "no model"
-        raise ValidationError(
-            f"{name}: {found}. Expected Stable Diffusion 1.x, 2.x or XL (UNet2DConditionModel and "
-            f"AutoencoderKL), or one of {', '.join(ARCHITECTURES)}; others are not predicted."
-        )
-    return components
 
 
 def _count_bytes(components):

@@ -1,13 +1,18 @@
 """What is asked of a memory prediction: dtypes, size, attention, training; put onto a model."""
 
-from dataclasses import dataclass
-from types import SimpleNamespace
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, fields, replace
+from numbers import Real
+from pathlib import Path
 
 import torch
 from diffusers.models.attention_processor import AttnProcessor, SlicedAttnProcessor
 
 from sdkit.loading.dtype_policy import DTYPES, assign_dtypes, check_dtype
-from sdkit.loading.recipe import set_precision
+from sdkit.loading.recipe import Recipe, check_recipe, set_precision
+from sdkit.memory import LoraTraining
+from sdkit.memory.architectures import find_own_size
 from sdkit.slicing import use_sliced_attention
 from sdkit.validation import ValidationError
 
@@ -15,6 +20,18 @@ ATTENTIONS = ("sdpa", "sliced", "diffusers-sliced", "plain")
 DEVICE_TYPES = ("mps", "cuda", "cpu")
 # Values that an optimiser keeps for each weight that it trains.
 STATES = {"adamw": 2, "adam": 2, "lion": 1, "sgd": 0}
+TRAINING_FIELDS = (
+    "rank",
+    "gradient_checkpointing",
+    "target_modules",
+)  # the optimiser may be left out
+
+
+@dataclass(frozen=True)
+class Model:
+    """The components of a model where a pipeline is expected."""
+
+    components: dict
 
 
 @dataclass(frozen=True)
@@ -45,20 +62,68 @@ class MemoryCase:
         return STATES[getattr(self.training, "optimizer", "adamw").lower()]
 
 
-def check_case(case):
-    """Returns a case unchanged.
+def read_case(case):
+    """Returns a case with its batch size as int, and its recipe and training opened.
 
     Raises:
         ValidationError: An argument that makes no sense whatever the model.
     """
     _check_choice("attention", case.attention, ATTENTIONS)
     _check_choice("device_type", case.device_type, DEVICE_TYPES)
-    _check_choice(
-        "training.optimizer", getattr(case.training, "optimizer", "adamw").lower(), tuple(STATES)
+    return replace(
+        case,
+        recipe=_read_recipe(case.recipe, case.dtype),
+        training=_read_training(case.training),
+        batch_size=_read_count("batch_size", case.batch_size),
     )
-    if case.batch_size < 1 or case.batch_size != int(case.batch_size):
-        raise ValidationError(f"batch_size={case.batch_size!r}: expected a whole number from 1 on.")
-    return case
+
+
+def _is_count(value):
+    """Whether it is a whole number from 1 on; numpy's and 2.0 are too, True is none."""
+    is_real = isinstance(value, Real) and not isinstance(value, bool)
+    return is_real and math.isfinite(value) and value >= 1 and value == int(value)
+
+
+def _read_count(argument, value):
+    if not _is_count(value):
+        raise ValidationError(f"{argument}={value!r}: expected a whole number from 1 on.")
+    return int(value)
+
+
+def _read_recipe(recipe, dtype):
+    if recipe is None:
+        return None
+    if dtype is not None:
+        raise ValidationError(f"dtype={dtype!r}: the recipe decides. Leave dtype out, or recipe.")
+    if isinstance(recipe, (str, Path)):
+        return Recipe.load(recipe)
+    if not (hasattr(recipe, "float32") and getattr(recipe, "dtype", None) in tuple(DTYPES)):
+        raise ValidationError(f"recipe={recipe!r:.80}: expected a Recipe, or the file of one.")
+    return recipe
+
+
+def _read_training(training):
+    if training is None or training is False:
+        return None
+    if training is True:
+        return LoraTraining()
+    if isinstance(training, Mapping):
+        known = {field.name for field in fields(LoraTraining)}
+        training = LoraTraining(**training) if known.issuperset(training) else training
+    if not all(hasattr(training, name) for name in TRAINING_FIELDS):
+        raise ValidationError(
+            f"training={training!r:.80}: expected a LoRAConfig, or {', '.join(TRAINING_FIELDS)} "
+            "as attributes or in a dict."
+        )
+    _read_count("training.rank", training.rank)
+    optimizer = getattr(training, "optimizer", "adamw")
+    _check_choice("training.optimizer", str(optimizer).lower(), tuple(STATES))
+    modules = training.target_modules
+    if not modules or not all(isinstance(name, str) for name in modules):
+        raise ValidationError(
+            f"training.target_modules={modules!r}: expected names of layers, such as to_q."
+        )
+    return training
 
 
 def apply_case(components, case):
@@ -74,6 +139,8 @@ def apply_case(components, case):
     notices = _set_dtypes(components, case.dtype, case.recipe)
     _set_attention(components, case.attention)
     if case.vae_slicing or case.vae_tiling:
+        if "vae" not in components:
+            raise ValidationError("vae_slicing, vae_tiling: there is no VAE. Leave them out.")
         components["vae"].use_slicing = case.vae_slicing
         components["vae"].use_tiling = case.vae_tiling
     return notices
@@ -89,15 +156,20 @@ def read_size(image_size, components):
     """Returns (height, width) in pixels; None is the model's own."""
     unet, vae, scale = components.get("unet"), components.get("vae"), find_scale(components)
     if image_size is None:
-        own = unet.config.sample_size * scale if unet else vae.config.sample_size
-        return own, own
-    sides = (image_size, image_size) if isinstance(image_size, int) else tuple(image_size)
-    if len(sides) != 2 or any(side < scale or side % scale for side in sides):
+        own = find_own_size(unet or vae)
+        if own is None:
+            raise ValidationError(
+                "image_size=None: this model's configuration tells no sample_size. Expected the "
+                f"size as image_size, a multiple of {scale} pixels."
+            )
+        return tuple(side * scale for side in own) if unet else own
+    sides = image_size if isinstance(image_size, (tuple, list)) else (image_size, image_size)
+    if len(sides) != 2 or not all(_is_count(side) and side % scale == 0 for side in sides):
         raise ValidationError(
             f"image_size={image_size!r}: expected a multiple of {scale} pixels, or two (height, "
             "width)."
         )
-    return sides
+    return tuple(map(int, sides))
 
 
 def _check_choice(argument, value, choices):
@@ -108,7 +180,9 @@ def _check_choice(argument, value, choices):
 def _set_dtypes(components, dtype, recipe):
     """Casts modules without values, and says what the pipelines will cast themselves."""
     if recipe is not None:
-        set_precision(SimpleNamespace(components=components), recipe.float32, DTYPES[recipe.dtype])
+        if isinstance(recipe, Recipe):
+            check_recipe(Model(components), recipe)
+        set_precision(Model(components), recipe.float32, DTYPES[recipe.dtype])
         return []
     if dtype is not None:
         policy = ({"default": "float32"}, "")
@@ -126,7 +200,7 @@ def _set_attention(components, attention):
     if attention == "sdpa":
         return
     if attention == "sliced":
-        use_sliced_attention(SimpleNamespace(components=components))
+        use_sliced_attention(Model(components))
     elif attention == "plain":
         for name in {"unet", "vae"} & set(components):
             components[name].set_attn_processor(AttnProcessor())

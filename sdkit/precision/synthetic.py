@@ -3,6 +3,8 @@
 import torch
 from diffusers import AutoencoderKL
 
+from sdkit.memory.architectures import find_text_width
+
 LATENT_PIXELS = 16  # ranges hardly depend on the size; a full-size UNet takes seconds here
 TIMESTEPS = (999, 500, 1)
 TOKENS = 77
@@ -44,9 +46,3 @@ def make_calls(model, *, seed=0) -> list:
         return lambda: model(latents, torch.tensor(timestep, device=model.device), **inputs).sample
 
     return [call(timestep) for timestep in TIMESTEPS]
-
-
-def find_text_width(unet) -> int:
-    """Width of the text that a UNet's cross-attention reads."""
-    width = unet.config.cross_attention_dim
-    return width if isinstance(width, int) else width[0]
