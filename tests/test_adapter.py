@@ -210,3 +210,98 @@ def test_a_merge_that_overflows_is_refused(tokenizer_folder, tmp_path):
         merge_adapter(pipe, scale=1e9)
     after = list(pipe.unet.parameters())
     assert all(torch.equal(a, b) for a, b in zip(before, after, strict=True))
+
+
+def read_file(path):
+    with safe_open(path, framework="pt") as file:
+        return {name: file.get_tensor(name) for name in file.keys()}, file.metadata()  # noqa: SIM118
+
+
+def without_b(weights, metadata):
+    return {k: v for k, v in weights.items() if ".lora_B." not in k}, metadata
+
+
+def without_one(weights, metadata):
+    return dict(sorted(weights.items())[1:]), metadata
+
+
+def of_integers(weights, metadata):
+    return {name: weight.to(torch.int8) for name, weight in weights.items()}, metadata
+
+
+def with_damaged_settings(weights, metadata):
+    return weights, {**metadata, "lora_adapter_metadata": "{"}
+
+
+def with_damaged_notes(weights, metadata):
+    return weights, {**metadata, "sdkit.config": "{"}
+
+
+def of_a_block(weights, metadata):
+    return {"unet.mid_block.lora_A.weight": torch.ones(3, 3)}, None
+
+
+def of_xl(weights, metadata):
+    name = "lora_unet_input_blocks_4_1_transformer_blocks_0_attn1_to_q"
+    return {f"{name}.lora_down.weight": torch.ones(4, 32),
+            f"{name}.lora_up.weight": torch.ones(32, 4),
+            f"{name}.alpha": torch.tensor(4.0)}, None  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (without_b, "damaged, or made for something else"),
+        (without_one, "has 39 weights of layers, and its layers in this pipeline 40"),
+        (of_integers, "diffusers cannot load it"),
+        (with_damaged_settings, "diffusers cannot load it"),
+        (with_damaged_notes, "what it says of sdkit.config is damaged"),
+        (of_a_block, "for its unet.mid_block this pipeline has no such layer"),
+        (of_xl, "diffusers cannot load it"),
+        (lambda weights, metadata: ({}, None), "damaged, or made for something else"),
+        (lambda weights, metadata: ({"a": torch.ones(1)}, None), "diffusers cannot load it"),
+    ],
+)
+def test_an_adapter_that_is_not_whole_is_refused(tokenizer_folder, tmp_path, change, message):
+    path = make_trained(build_tiny_pipe(tokenizer_folder), tmp_path)
+    pipe = build_tiny_pipe(tokenizer_folder)
+    base = run_model(pipe)
+    weights, metadata = change(*read_file(path))
+    safetensors.torch.save_file(weights, path, metadata)
+    with pytest.raises(ValidationError, match=message):
+        load_adapter(pipe, path)
+    assert measure_distance(run_model(pipe), base) == 0
+    assert not getattr(pipe.unet, "peft_config", None)
+
+
+def test_a_second_adapter_is_counted_alone(tokenizer_folder, tmp_path):
+    path = make_trained(build_tiny_pipe(tokenizer_folder), tmp_path, targets=ALL)
+    pipe = load_adapter(build_tiny_pipe(tokenizer_folder), path)
+    load_adapter(pipe, path)
+    assert len(pipe.unet.peft_config) == 2
+    weights, metadata = without_one(*read_file(path))
+    safetensors.torch.save_file(weights, path, metadata)
+    with pytest.raises(ValidationError, match="damaged, or made for something else"):
+        load_adapter(pipe, path)
+    assert len(pipe.unet.peft_config) == 2
+
+
+def test_what_kohya_s_layout_cannot_be_made_of_or_written_to(tiny_pipe, tmp_path):
+    path = make_trained(tiny_pipe, tmp_path)
+    with pytest.raises(ValidationError, match=r"none\.safetensors: cannot be read"):
+        export_kohya(tmp_path / "none.safetensors", tmp_path / "kohya.safetensors")
+    with pytest.raises(ValidationError, match="cannot be written to"):
+        export_kohya(path, path / "kohya.safetensors")
+    path.write_bytes(path.read_bytes()[:-9])
+    with pytest.raises(ValidationError, match="cannot be read"):
+        export_kohya(path, tmp_path / "kohya.safetensors")
+
+
+def test_where_there_is_nothing_to_merge(tiny_pipe, tokenizer_folder, tmp_path):
+    for change in (merge_adapter, unmerge_adapter):
+        with pytest.raises(ValidationError, match="StableDiffusionPipeline: has no adapter"):
+            change(tiny_pipe)
+    load_adapter(tiny_pipe, make_trained(build_tiny_pipe(tokenizer_folder), tmp_path))
+    for scale in (float("nan"), float("inf"), "1"):
+        with pytest.raises(ValidationError, match="scale: got"):
+            merge_adapter(tiny_pipe, scale=scale)

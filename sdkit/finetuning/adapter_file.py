@@ -6,6 +6,7 @@ from pathlib import Path
 import safetensors.torch
 import torch
 from diffusers.loaders.lora_base import LORA_ADAPTER_METADATA_KEY
+from peft import get_peft_model_state_dict
 from safetensors import SafetensorError, safe_open
 
 from sdkit.device import describe_environment
@@ -16,6 +17,9 @@ from sdkit.validation import ValidationError
 
 CAPTION_EXAMPLES = 5
 BASE_SAMPLES = 64
+SHOWN_LETTERS = 300  # of what diffusers says
+# Of peft, of older diffusers and of kohya; the rest are numbers such as alpha.
+WEIGHT_ENDINGS = (".lora_A.weight", ".lora_B.weight", "down.weight", "up.weight")
 VERSIONS = ("python", "torch", "diffusers", "transformers", "peft", "accelerate")
 # What rebuilds the layers. The rest of peft's configuration changes from version to version, and
 # an older peft refuses a file that names a setting it does not know.
@@ -112,25 +116,39 @@ def unpack_adapter(content: bytes) -> dict:
     return state
 
 
-def read_metadata(path) -> dict:
-    """Returns what `describe_training` wrote into a file, {name: value}; empty if it is not ours.
+def read_raw_metadata(path) -> dict:
+    """Returns the metadata of a file, {name: text}.
 
     Raises:
         ValidationError: It is no safetensors file.
     """
-    path = find_adapter_file(path)
     try:
         with safe_open(path, framework="pt") as file:
-            metadata = file.metadata() or {}
+            return file.metadata() or {}
     except (OSError, SafetensorError) as error:
         raise ValidationError(
             f"{path}: cannot be read ({error}). Expected {ADAPTER_FILE}, as a training writes it."
         ) from error
-    return {
-        key.removeprefix("sdkit."): json.loads(value)
-        for key, value in metadata.items()
-        if key.startswith("sdkit.")
-    }
+
+
+def read_metadata(path) -> dict:
+    """Returns what `describe_training` wrote into a file, {name: value}; empty if it is not ours.
+
+    Raises:
+        ValidationError: It is no safetensors file, or what it says of itself is damaged.
+    """
+    path = find_adapter_file(path)
+    found = {}
+    for key, value in read_raw_metadata(path).items():
+        if key.startswith("sdkit."):
+            try:
+                found[key.removeprefix("sdkit.")] = json.loads(value)
+            except ValueError as error:
+                raise ValidationError(
+                    f"{path}: what it says of {key} is damaged ({error}). Expected a file as a "
+                    "training writes it."
+                ) from error
+    return found
 
 
 def load_adapter(pipe, path, *, any_base=False):
@@ -145,7 +163,8 @@ def load_adapter(pipe, path, *, any_base=False):
         The pipeline.
 
     Raises:
-        ValidationError: It was made for another base model.
+        ValidationError: It was made for another base model, or is no adapter for this pipeline:
+            not each of its weights finds its place, or not each layer its weights.
     """
     path = find_adapter_file(path)
     metadata = read_metadata(path)
@@ -162,8 +181,50 @@ def load_adapter(pipe, path, *, any_base=False):
                 f"{path}: was trained on {base}, whose weights are not those of this pipeline. "
                 "Load that model, or say any_base=True to try it all the same."
             )
-    pipe.load_lora_weights(path.parent, weight_name=path.name)
+    before = _list_adapters(pipe)
+    try:
+        pipe.load_lora_weights(path.parent, weight_name=path.name)
+    except Exception as error:  # a file of any origin: its conversion may fail in any way
+        _take_off(pipe, before)
+        reason = " ".join(str(error).split())[:SHOWN_LETTERS]
+        raise ValidationError(
+            f"{path}: diffusers cannot load it ({reason}). Expected a LoRA of this architecture."
+        ) from error
+    return _check_is_whole(pipe, path, before)
+
+
+def _check_is_whole(pipe, path, before):
+    """Returns a pipeline whose adapter's weights all came from its file.
+
+    Symptom: a layer without its lora_B is loaded with what memory held. Versions: diffusers 0.42.1,
+    which makes layers empty and fills in what the file has. Source: load_lora_adapter in its
+    loaders/peft.py. Guarded by test_an_adapter_that_is_not_whole_is_refused in test_adapter.py.
+    """
+    given = [key for key in safetensors.torch.load_file(path) if key.endswith(WEIGHT_ENDINGS)]
+    count = sum(
+        len(get_peft_model_state_dict(getattr(pipe, component), adapter_name=name))
+        for component, name in _list_adapters(pipe) - before
+    )
+    if not given or count != len(given):
+        _take_off(pipe, before)
+        raise ValidationError(
+            f"{path}: has {len(given)} weights of layers, and its layers in this pipeline {count}. "
+            "Expected as many, and some; it is damaged, or made for something else."
+        )
     return pipe
+
+
+def _list_adapters(pipe):
+    components = ("unet", "text_encoder")
+    return {(c, name) for c in components for name in getattr(getattr(pipe, c), "peft_config", {})}
+
+
+def _take_off(pipe, before):
+    """Removes the adapters that came to those before."""
+    if before:
+        pipe.delete_adapters(sorted({name for _, name in _list_adapters(pipe) - before}))
+    else:
+        pipe.unload_lora_weights()
 
 
 def _check_shapes(pipe, path, base):
@@ -178,8 +239,9 @@ def _check_shapes(pipe, path, base):
         if part not in ("A.weight", "B.weight"):
             continue  # another layout, which diffusers converts
         found, side = layers.get(name), 1 if part == "A.weight" else 0
-        if found is None or found.weight.shape[side] != weight.shape[side]:
-            seen = "no such layer" if found is None else f"a weight of {tuple(found.weight.shape)}"
+        shape = getattr(getattr(found, "weight", None), "shape", None)  # a block has none itself
+        if shape is None or weight.dim() < 2 or shape[side] != weight.shape[side]:
+            seen = "no such layer" if shape is None else f"a weight of {tuple(shape)}"
             raise ValidationError(
                 f"{path}: was trained on {base}; for its {name} this pipeline has {seen}. Load "
                 "the model that it was trained on."

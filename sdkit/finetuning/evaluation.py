@@ -91,6 +91,8 @@ def evaluate_lora(
     is_mini = pipe.config.get("_name_or_path") == MINI_ID
     if kept_prompts is None:
         kept_prompts = base_prompts() if is_mini else ()
+    elif isinstance(kept_prompts, str):
+        kept_prompts = (kept_prompts,)
     settings = {
         "seed": seed, "num_inference_steps": num_inference_steps, "guidance_scale": guidance_scale,
         "batch_size": batch_size, "image_size": image_size,

@@ -7,11 +7,10 @@ import safetensors.torch
 import torch
 from diffusers.loaders.lora_base import LORA_ADAPTER_METADATA_KEY
 from diffusers.utils import convert_state_dict_to_kohya
-from safetensors import safe_open
 
-from sdkit.finetuning.adapter_file import find_adapter_file
+from sdkit.finetuning.adapter_file import find_adapter_file, read_raw_metadata
 from sdkit.run_folder import replace_file
-from sdkit.validation import ValidationError
+from sdkit.validation import ValidationError, check_is_writable
 
 
 def export_kohya(path, output_path) -> Path:
@@ -29,11 +28,10 @@ def export_kohya(path, output_path) -> Path:
         `output_path`.
 
     Raises:
-        ValidationError: The file is not one that a training of sdkit wrote.
+        ValidationError: The file is not one that a training of sdkit wrote, or there is no room.
     """
     path, output_path = find_adapter_file(path), Path(output_path)
-    with safe_open(path, framework="pt") as file:
-        metadata = file.metadata() or {}
+    metadata = read_raw_metadata(path)
     if LORA_ADAPTER_METADATA_KEY not in metadata:
         raise ValidationError(
             f"{path}: does not say its alpha. Expected a file that a training of sdkit wrote."
@@ -53,6 +51,13 @@ def export_kohya(path, output_path) -> Path:
         **{key: value for key, value in metadata.items() if key.startswith("sdkit.")},
     }
     content = safetensors.torch.save(weights, metadata=about)
-    with replace_file(output_path) as temporary:
-        temporary.write_bytes(content)
+    check_is_writable(output_path.parent)
+    try:
+        with replace_file(output_path) as temporary:
+            temporary.write_bytes(content)
+    except OSError as error:
+        raise ValidationError(
+            f"{output_path}: cannot be written ({error.strerror}). Expected room for "
+            f"{len(content):,} bytes; free some, or choose another path."
+        ) from error
     return output_path

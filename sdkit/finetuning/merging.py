@@ -1,5 +1,6 @@
 """An adapter added to the weights themselves, and taken out again; both are checked finite."""
 
+from sdkit.generation.request import check_number
 from sdkit.validation import ValidationError, is_finite
 
 
@@ -14,13 +15,15 @@ def merge_adapter(pipe, *, scale=1.0):
         The pipeline.
 
     Raises:
-        ValidationError: A merged weight would be NaN or Inf, as float16 can make it; what was
-            merged before it is taken out again.
+        ValidationError: There is no adapter, or a merged weight would be NaN or Inf, as float16
+            can make it; what was merged before it is taken out again.
     """
+    check_number("scale", scale, kind=float)
+    adapted = _find_adapted(pipe)
     try:
-        pipe.fuse_lora(components=_find_adapted(pipe), lora_scale=scale, safe_fusing=True)
+        pipe.fuse_lora(components=adapted, lora_scale=scale, safe_fusing=True)
     except ValueError as error:
-        pipe.unfuse_lora(components=_find_adapted(pipe))
+        pipe.unfuse_lora(components=adapted)
         raise ValidationError(
             f"merge: {error} Expected finite weights. Merge in float32, or with a smaller scale."
         ) from error
@@ -34,18 +37,21 @@ def unmerge_adapter(pipe):
         The pipeline.
 
     Raises:
-        ValidationError: A weight is NaN or Inf afterwards.
+        ValidationError: There is no adapter, or a weight is NaN or Inf afterwards.
     """
     pipe.unfuse_lora(components=_find_adapted(pipe))
     return _check_weights(pipe, "unmerge")
 
 
 def _find_adapted(pipe):
-    return [
-        name
-        for name in ("unet", "text_encoder")
-        if getattr(getattr(pipe, name, None), "peft_config", None)
-    ]
+    names = ("unet", "text_encoder")
+    found = [name for name in names if getattr(getattr(pipe, name, None), "peft_config", None)]
+    if not found:
+        raise ValidationError(
+            f"{type(pipe).__name__}: has no adapter. Expected one on its {' or '.join(names)}: "
+            "sdkit.finetuning.load_adapter(pipe, path)."
+        )
+    return found
 
 
 def _check_weights(pipe, where):
