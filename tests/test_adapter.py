@@ -252,7 +252,7 @@ def of_xl(weights, metadata):
     ("change", "message"),
     [
         (without_b, "damaged, or made for something else"),
-        (without_one, "has 39 weights of layers, and its layers in this pipeline 40"),
+        (without_one, "has 63 weights of layers, and its layers in this pipeline 64"),
         (of_integers, "diffusers cannot load it"),
         (with_damaged_settings, "diffusers cannot load it"),
         (with_damaged_notes, "what it says of sdkit.config is damaged"),

@@ -116,6 +116,27 @@ def test_a_bad_caption_is_named(tiny_pipe, data, tmp_path):
     assert "prompt_embeds" in report.dropped_steps[0].message
 
 
+def test_what_belongs_to_no_image_is_not_laid_at_its_door(tiny_pipe, data, tmp_path):
+    embeds = data[0].prompt_embeds.clone()
+    embeds[0, 3, 2] = NAN
+    spoiled = (dataclasses.replace(data[0], prompt_embeds=embeds), None)
+    with pytest.raises(ValidationError, match="prompt_embeds of the empty caption .*1 of"):
+        train(tiny_pipe, spoiled, tmp_path / "run", caption_dropout=0.1)
+    kept = dataclasses.replace(
+        data[0], kept_rows=(1,), kept_latents=torch.full((1, 4, 8, 8), NAN)
+    )  # fmt: skip
+    with pytest.raises(ValidationError, match="latents of kept_prompts .*256 of 256"):
+        train(tiny_pipe, (kept, None), tmp_path / "run")
+
+
+def test_a_run_without_one_finite_step_has_not_finished(tiny_pipe, data, tmp_path):
+    spoiled = dataclasses.replace(data[0], latent_mean=data[0].latent_mean * NAN)
+    spoiled.latent_mean[0] = 0.0
+    report = train(tiny_pipe, (spoiled, None), tmp_path / "run", max_bad_steps=9, max_train_steps=2)
+    assert report.stopped.startswith("given up: not one step was finite (image_")
+    assert not report.is_good and report.steps_done == 0
+
+
 def test_an_image_that_overflows_in_the_model_is_named(tiny_pipe, data, tmp_path):
     """Its own numbers are finite, its loss is not."""
     spoiled = (spoil(data[0], 5, 1e25), data[1])

@@ -146,6 +146,8 @@ def run_steps(run: TrainingRun, progress: Progress, interrupt, on_step=None, is_
             stopped = stopped or find_reason_to_stop(run, progress, interrupt)
             if not progress.bad_in_row and not gate:
                 save_if_due(run, progress, stopped)
+    if not stopped and not progress.losses:
+        stopped = f"given up: not one step was finite ({progress.dropped[-1].message})"
     return progress, stopped or FINISHED, first_step_at
 
 

@@ -48,7 +48,7 @@ from sdkit.finetuning.training_data import leave_out_bad, load_data
 from sdkit.finetuning.training_dtype import choose_training_dtype
 from sdkit.guarding import remove_guard
 from sdkit.loading import load_pipeline
-from sdkit.validation import ValidationError
+from sdkit.validation import ValidationError, check_finite
 
 
 @dataclass(frozen=True)
@@ -164,6 +164,7 @@ def begin_run(
     train, (validation, left_out) = data[0], leave_out_bad(data[1])
     if config.kept_prompts:
         train = add_kept_prompts(pipe, train, config, progress=progress)
+    _check_shared(train, config)
     notices = [*notices, *found, *left_out, *_check_size(train, config, accelerator)]
     identity = {
         "base_sample": sample_weights(pipe.unet),
@@ -205,6 +206,15 @@ def _save_first(run):
     if run.accelerator.is_main_process:
         run.config.save(run.folder / CONFIG_FILE)  # last: what has it is a run
     return progress
+
+
+def _check_shared(train, config):
+    """Raises if what belongs to no image is not finite: it would be laid at the door of each."""
+    if config.caption_dropout:
+        check_finite(train.prompt_embeds[0], "prompt_embeds of the empty caption")
+    if train.kept_rows:
+        check_finite(train.prompt_embeds[list(train.kept_rows)], "prompt_embeds of kept_prompts")
+        check_finite(train.kept_latents, "latents of kept_prompts")
 
 
 def _check_size(train, config, accelerator):
