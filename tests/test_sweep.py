@@ -666,6 +666,17 @@ def test_only_what_a_record_is_for_is_read_from_it(tmp_path):
     assert save_page(table, tmp_path).is_file()
 
 
+def test_every_value_has_a_filter_of_its_own(tmp_path):
+    values = [1, "1", "", " ", None, "None", "a b", "a  b\n", 'q"<b>', "y" * 5000, [1, [None]]]
+    plan_by_hand(tmp_path, *values, status="done")
+    page = save_page(load_results(tmp_path), tmp_path).read_text()
+    options = re.findall(r'<option value="([^"]*)">', page.partition('data-name="x"')[2])
+    assert options[0] == "" and len(set(options[1:])) == len(values)  # "" is "all"
+    tags = re.findall(r'data-tags="status\t[\w-]+\nx\t([^"]*)"', page)
+    assert tags == options[1:]
+    assert max(map(len, re.findall(r">([^<]*)</option>", page))) <= 100
+
+
 def test_values_of_several_types_stay_what_they_are(tmp_path):
     plan_by_hand(tmp_path, 7, None, status="done", seconds=1.0)
     table = load_results(tmp_path)

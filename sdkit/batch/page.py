@@ -3,6 +3,7 @@
 import base64
 import html
 import io
+import json
 import re
 from pathlib import Path
 
@@ -13,6 +14,7 @@ from sdkit.run_folder import replace_file
 
 INDEX_NAME = "index.html"
 SOURCE_LETTERS = 2000
+OPTION_LETTERS = 80
 
 
 def save_page(table, folder):
@@ -27,7 +29,9 @@ def save_page(table, folder):
     """
     folder, varied = Path(folder), table.attrs["varied"]
     rows = list_rows(table)
-    cards = [_card(folder, row, varied) for row in rows]
+    words = {name: _words(rows, name) for name in ("status", *varied)}
+    tags = ["\n".join(f"{name}\t{words[name][i]}" for name in words) for i in range(len(rows))]
+    cards = [_card(folder, row, tag, varied) for row, tag in zip(rows, tags, strict=True)]
     fixed = [f"{name} = {table[name].iloc[0]}" for name in _parameters(table) if name not in varied]
     parts = {
         "title": html.escape(table.attrs["notebook"].removesuffix(".ipynb")),
@@ -35,7 +39,7 @@ def save_page(table, folder):
         "good": str(int(table["good"].sum())),
         "fixed": html.escape(" · ".join(fixed)),
         "figure": FIGURE_NAME,
-        "filters": "".join(_filter(rows, name) for name in ("status", *varied)),
+        "filters": "".join(_filter(name, found) for name, found in words.items()),
         "cards": "\n".join(cards),
     }
     page = re.sub(rf"\{{({'|'.join(parts)})\}}", lambda found: parts[found[1]], PAGE)
@@ -50,26 +54,37 @@ def _parameters(table):
     return names[names.index("good") + 1 : names.index("verdicts")]
 
 
-def _filter(rows, name):
-    values = dict.fromkeys(_word(row, name) for row in rows)
-    options = "".join(f"<option>{html.escape(value)}</option>" for value in values)
+def _filter(name, words):
+    options = "".join(
+        f'<option value="{html.escape(word)}">{html.escape(word[:OPTION_LETTERS])}</option>'
+        for word in dict.fromkeys(words)
+    )
     return (
         f'<label>{html.escape(name)} <select data-name="{html.escape(name)}">'
         f'<option value="">all</option>{options}</select></label>'
     )
 
 
-def _word(row, name):
-    """What a filter compares; a run that is done and found something invalid is "invalid"."""
+def _words(rows, name):
+    """What a filter compares in each row, on one line, for tags are told apart by theirs.
+
+    A run that is done and found something invalid is "invalid". A value is JSON where its plain
+    text is empty, or means another value too, as of 1 and "1".
+    """
     if name == "status":
-        return describe_problem(row) or "good"
-    return " ".join(str(row[name]).split())  # on one line: tags are told apart by theirs
+        return [describe_problem(row) or "good" for row in rows]
+    plain = [" ".join(str(row[name]).split()) for row in rows]
+    exact = [json.dumps(row[name], ensure_ascii=False) for row in rows]
+    means = {}
+    for word, value in zip(plain, exact, strict=True):
+        means.setdefault(word, set()).add(value)
+    return [
+        word if word and len(means[word]) == 1 else value
+        for word, value in zip(plain, exact, strict=True)
+    ]
 
 
-def _card(folder, row, varied):
-    tags = html.escape(
-        "\n".join(f"{name}\t{_word(row, name)}" for name in ("status", *varied)), quote=True
-    )
+def _card(folder, row, tags, varied):
     lines = [f"<b>{html.escape(name)}</b> {html.escape(str(row[name]))}" for name in varied]
     lines += [
         f"{html.escape(name.partition(': ')[2])} <b>{html.escape(_number(value))}</b>"
@@ -80,7 +95,7 @@ def _card(folder, row, varied):
         lines.append(f"{row['images_valid']:.0f} of {row['images']:.0f} images valid")
     problem = describe_problem(row)
     return (
-        f'<article data-tags="{tags}">{_picture(folder, row)}'
+        f'<article data-tags="{html.escape(tags)}">{_picture(folder, row)}'
         f'<p class="{"bad" if problem else "good"}">{problem or "good"}</p>'
         f"<ul>{''.join(f'<li>{line}</li>' for line in lines)}</ul>{_error(row)}{_link(folder, row)}"
         "</article>"
@@ -129,6 +144,7 @@ PAGE = """<!doctype html>
 :root { color-scheme: light dark; }
 body { font: 16px/1.5 system-ui, sans-serif; max-width: 80rem; margin: 2rem auto; padding: 0 1rem; }
 form { display: flex; flex-wrap: wrap; gap: .6rem 1.2rem; margin: 1rem 0; }
+label { max-width: 100%; }
 select { font: inherit; max-width: 100%; padding: .2rem; }
 main { display: grid; grid-template-columns: repeat(auto-fill, minmax(15rem, 1fr)); gap: 1rem; }
 article { border: 1px solid #8886; border-radius: .6rem; padding: .8rem; overflow-wrap: anywhere; }
