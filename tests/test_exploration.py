@@ -267,6 +267,12 @@ def test_a_damaged_run_is_refused(runs, tmp_path):
     with pytest.raises(ValidationError, match="image 1: its finding lacks"):
         explore_run(tmp_path)
     content["images"][1]["finding"] = None
+    for place, name in ((content, "dtypes"), (content["images"][0], "index")):
+        kept, place[name] = place[name], "odd"
+        (tmp_path / "record.json").write_text(json.dumps(content))
+        with pytest.raises(ValidationError, match=f"{name} is 'odd', expected"):
+            compare_runs([tmp_path])
+        place[name] = kept
     content["images"][0]["path"] = "../../etc/passwd"
     (tmp_path / "record.json").write_text(json.dumps(content))
     assert "not kept" in explore_run(tmp_path).finished.value

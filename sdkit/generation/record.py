@@ -330,4 +330,12 @@ def _check_fields(content, cls, where, *without):
         raise ValidationError(
             f"{where}: missing {missing}, unknown {unknown}. Expected what to_json wrote."
         )
+    for wanted in fields(cls):
+        if wanted.type in (dict, int) and wanted.name in expected:
+            value = content[wanted.name]
+            if type(value) is not wanted.type:
+                raise ValidationError(
+                    f"{where}: {wanted.name} is {value!r:.80}, expected {wanted.type.__name__}, as "
+                    "to_json wrote it."
+                )
     return content
