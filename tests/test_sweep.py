@@ -6,6 +6,7 @@ Real kernels, real papermill, a real Dask; the notebooks import little, so that 
 import json
 import os
 import re
+import resource
 import shutil
 import signal
 import subprocess
@@ -22,7 +23,7 @@ from typer.testing import CliRunner
 
 from sdkit import load_results, run_sweep
 from sdkit.batch import scheduling
-from sdkit.batch.kernels import Zygote
+from sdkit.batch.kernels import Zygote, close_zygote, warm_zygote
 from sdkit.batch.lock import is_held, lock_folder
 from sdkit.batch.page import save_page
 from sdkit.batch.results import save_results
@@ -285,6 +286,20 @@ def test_kernels_end_when_the_warm_parent_is_killed(tmp_path):
         psutil.Process(zygote._process.pid).kill()
         wait_until(lambda: not _is_running_pid(kernel.pid), seconds=10)
         assert kernel.wait() == -signal.SIGKILL and zygote.is_lost()
+
+
+def test_what_a_killed_warm_parent_left_is_taken_away(tmp_path):
+    try:
+        first = warm_zygote(())
+        first.wait_until_ready()
+        first._process.kill()
+        first._process.wait()
+        assert os.path.exists(first.folder)
+        second = warm_zygote(())
+        assert second is not first and not os.path.exists(first.folder) and not first.is_closed
+    finally:
+        close_zygote()
+    assert not os.path.exists(second.folder)
 
 
 def _is_running_pid(pid):
@@ -638,6 +653,24 @@ def test_pictures_that_cannot_be_opened_early_ends_and_long_errors(tmp_path):
     again = sdkit("sweep", tmp_path / "n$^$.ipynb", grid, "--output", out)
     lines = again.stdout.splitlines()
     assert max(map(len, lines)) < 400 and "mode=leave: SystemExit" in lines[0]
+
+
+def test_a_disk_that_takes_no_more_is_not_a_dead_kernel(tmp_path):
+    """The limit for one file stands in for a full disk: papermill cannot save its cells."""
+    notebook = write_notebook(
+        tmp_path / "n.ipynb", "letters: int = 1", "print('x' * letters)", "print('y')"
+    )
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (200_000, hard))
+    try:
+        grid = {"grid": {"letters": [400_000, 5]}}
+        table = run_sweep(notebook, grid, output=tmp_path / "out", jobs=1, progress=False)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert list(table["status"]) == ["failed", "done"]
+    assert "File too large" in table["error"][0]
+    again = run_sweep(notebook, grid, output=tmp_path / "out", jobs=1, progress=False)
+    assert list(again["status"]) == ["done", "done"]
 
 
 def plan_by_hand(folder, *values, **record):

@@ -8,6 +8,7 @@ An attempt has a name that no other has, so that even a kernel that nobody could
 nobody looks.
 """
 
+import errno
 import json
 import logging
 import os
@@ -38,6 +39,7 @@ RECORD = {  # of a run, with the types that JSON gives back
 RUN_NAME, NOTEBOOK_NAME, PAGE_NAME = "run.json", "notebook.ipynb", "notebook.html"
 LOG_NAME = "kernel.log"
 RUNS, FAILURES, ATTEMPTS = "runs", "failed", "attempts"
+UNWRITABLE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO, errno.EACCES)
 WATCH_SECONDS = 0.25
 ERROR_LETTERS = 2000  # of a message, in the table; all of it is in the executed notebook
 START_SECONDS = 120  # for a kernel to answer, on a machine that is busy
@@ -150,9 +152,10 @@ def _attempt(task, attempt):
                 "error": _cut(f"{error.ename}: {error.evalue}"),
                 **_describe_cell(error.cell_index, error.source, task, values),
             }
-        except Exception:  # nbclient says in many ways that its kernel is gone
-            if not processes or (watch.stopped is None and processes[-1].poll() is None):
-                raise  # not the kernel: a full disk, a fault of ours
+        except Exception as error:  # nbclient says in many ways that its kernel is gone
+            is_alive = not processes or (watch.stopped is None and processes[-1].poll() is None)
+            if is_alive or getattr(error, "errno", None) in UNWRITABLE:
+                raise  # not the kernel: a full disk, after which papermill ends it; a fault of ours
             happened = {
                 **_describe_death(processes[-1].wait(), watch.stopped, task),
                 **_find_running_cell(path, task, values),

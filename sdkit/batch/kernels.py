@@ -28,7 +28,10 @@ def warm_zygote(packages, threads=None):
     """
     global _zygote
     with _zygote_lock:
-        if _zygote is None or _zygote.is_lost():
+        if _zygote is not None and _zygote.is_lost():
+            _zygote.clean_up()
+            _zygote = None
+        if _zygote is None:
             _zygote = Zygote(packages, threads=threads).__enter__()
         return _zygote
 
@@ -146,6 +149,10 @@ class Zygote:
     def __exit__(self, *error):
         """Ends the process; it takes every kernel with it."""
         self.is_closed = True
+        self.clean_up()
+
+    def clean_up(self):
+        """Leaves nothing of the process, one that was killed included: no socket, no folder."""
         if not self._ready:  # still importing: it has forked nothing, and would hear late
             self._process.kill()
         self._control.close()
