@@ -6,6 +6,7 @@ import time
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from tiny_images import make_image, make_splits, write_jsonl
 from tiny_pipelines import build_tiny_pipe
 from tiny_training import make_config
@@ -13,6 +14,7 @@ from tiny_training import make_config
 from sdkit import ImageCaptionDataset, ValidationError
 from sdkit.finetuning import encoding
 from sdkit.finetuning.encoding import encode_dataset
+from sdkit.finetuning.latent_cache import save_tensors
 from sdkit.finetuning.training import train_lora
 
 NAN = float("nan")
@@ -154,6 +156,19 @@ def test_a_damaged_file_is_encoded_again(tiny_pipe, photos, tmp_path, encoded_im
     with pytest.warns(UserWarning, match="damaged, so its images are encoded again"):
         found = encode(tiny_pipe, photos, tmp_path / "cache")
     assert torch.equal(found.latent_mean, before.latent_mean) and encoded_images["images"] == 12
+
+
+@pytest.mark.parametrize("kind", ["latents", "captions"])
+@pytest.mark.parametrize("change", ["fewer", "others"])
+def test_a_whole_file_of_something_else_is_not_used(tiny_pipe, photos, tmp_path, kind, change):
+    before = encode(tiny_pipe, photos, tmp_path / "cache")
+    (path,) = (tmp_path / "cache").glob(f"{kind}-*")
+    fewer = {name: tensor[:2] for name, tensor in load_file(path).items()}
+    save_tensors(path, fewer if change == "fewer" else {"other": torch.ones(6)})
+    with pytest.warns(UserWarning, match="damaged, so its images are encoded again"):
+        found = encode(tiny_pipe, photos, tmp_path / "cache")
+    assert torch.equal(found.latent_mean, before.latent_mean)
+    assert torch.equal(found.prompt_embeds, before.prompt_embeds)
 
 
 @pytest.mark.parametrize("value", [NAN, float("inf")])

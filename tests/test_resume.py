@@ -201,6 +201,8 @@ def test_a_run_is_not_overwritten_unless_asked(finished, tiny_pipe, tokenizer_fo
     before = (Path(finished.output_folder) / ADAPTER).read_bytes()
     with pytest.raises(ValidationError, match="a training is there already"):
         train_lora(finished, **options)
+    with pytest.raises(ValidationError, match="to be resumed and overwritten"):
+        train_lora(finished, resume=True, overwrite=True, **options)
     assert (Path(finished.output_folder) / ADAPTER).read_bytes() == before
     changed = finished.replace(seed=1, max_train_steps=2)
     assert train_lora(changed, overwrite=True, **options).steps_done == 2

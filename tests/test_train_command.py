@@ -85,6 +85,7 @@ def test_an_option_of_several_texts_is_given_several_times(settings, tmp_path):
         (["--learning-rate", -1], "learning_rate='-1': expected a number above 0"),
         (["missing.yaml"], "missing.yaml: cannot be read"),
         (["--resume", "nowhere"], "nowhere: no training to resume there"),
+        (["--resume", ".", "--overwrite"], "overwrite was given beside it"),
         (["--resume", "nowhere", "--rank", 4], "rank was given beside it"),
         (["--mixed-precision", "fp16", "--backend", "cpu"], "far slower than float32"),
         (["--use-8bit-adam", "--backend", "cpu"], "use_8bit_adam on cpu"),

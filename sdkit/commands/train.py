@@ -23,7 +23,7 @@ def train(config_file, resume, overwrite, as_json, **options):
     from sdkit.finetuning.report import INTERRUPTED as WAS_INTERRUPTED
     from sdkit.finetuning.training import train_lora
 
-    config = _read_config(config_file, resume, options)
+    config = _read_config(config_file, resume, {**options, "overwrite": overwrite or None})
     try:
         report = train_lora(
             config, resume=resume is not None, overwrite=overwrite, progress=not as_json
@@ -52,6 +52,7 @@ def _read_config(config_file, resume, options):
 
     given = {name: value for name, value in options.items() if value is not None and value != []}
     if resume is None:
+        given.pop("overwrite", None)
         return LoRAConfig.from_dict(
             {**(read_settings(config_file) if config_file else {}), **given}
         )

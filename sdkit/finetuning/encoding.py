@@ -22,6 +22,7 @@ BATCH_IMAGES = 8  # always the same, for a batch's size shows in the last bits
 BATCH_CAPTIONS = 32
 NEEDED_COMPONENTS = {"vae", "text_encoder", "tokenizer", "unet"}
 OTHER_COMPONENTS = {"text_encoder_2", "tokenizer_2", "image_encoder"}  # of SDXL and others
+LATENT_NAMES, CAPTION_NAMES = ("mean", "std"), ("input_ids", "prompt_embeds")
 ENCODER_PARTS = ("encoder.", "quant_conv.")
 
 
@@ -204,13 +205,13 @@ def encode_images(vae, dataset, folder, vae_key, *, flip=False, progress=True) -
             images = [digests[index] for index in indices]
             key = make_key(images=images, vae=vae_key, flip=flip, resolution=dataset.resolution)
             path = folder / f"latents-{key}.safetensors"
-            shard = load_tensors(path)
+            shard = load_tensors(path, LATENT_NAMES, len(indices))
             if shard is None:
                 shard = encode_shard(vae, dataset, indices, flip=flip)
                 save_tensors(path, shard)
             shards.append(shard)
             bar.update(len(indices))
-    return {name: torch.cat([shard[name] for shard in shards]) for name in ("mean", "std")}
+    return {name: torch.cat([shard[name] for shard in shards]) for name in LATENT_NAMES}
 
 
 def encode_shard(vae, dataset, indices, *, flip=False) -> dict:
@@ -253,7 +254,7 @@ def encode_captions(pipe, captions, folder, text_encoder_key) -> dict:
     # The very tokens, so another tokenizer is another key.
     key = make_key(tokens=input_ids.input_ids.tolist(), text_encoder=text_encoder_key)
     path = folder / f"captions-{key}.safetensors"
-    texts = load_tensors(path)
+    texts = load_tensors(path, CAPTION_NAMES, len(captions))
     if texts is None:
         embeds = [
             _encode_texts(pipe.text_encoder, ids, mask)

@@ -96,14 +96,25 @@ def save_tensors(path: Path, tensors: dict) -> Path:
     return path
 
 
-def load_tensors(path: Path) -> dict | None:
-    """Returns the tensors of a file, or None if it is missing, or damaged: that is warned of."""
+def load_tensors(path: Path, names, count) -> dict | None:
+    """Returns the tensors of a file, or None if it is missing, or damaged: that is warned of.
+
+    Args:
+        path: Of the file.
+        names: Of the tensors that it must hold.
+        count: How many rows each of them must have.
+
+    Raises:
+        ValidationError: The disk refuses it.
+    """
     if not path.exists():
         return None
     try:
         with safe_open(path, framework="pt") as file:
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
             is_sound = (file.metadata() or {}).get("checksum") == hash_tensors(tensors)
+        rows = {name: len(tensor) for name, tensor in tensors.items() if tensor.dim()}
+        is_sound = is_sound and rows == dict.fromkeys(names, count)
     except SafetensorError:
         is_sound = False
     except OSError as error:

@@ -25,6 +25,10 @@ def find_start(config: LoRAConfig, *, resume, overwrite):
     """
     folder = Path(config.output_folder)
     is_run = (folder / CONFIG_FILE).exists()
+    if resume and overwrite:
+        raise ValidationError(
+            f"{folder}: to be resumed and overwritten. Expected one of the two alone."
+        )
     if resume and not is_run:
         raise ValidationError(
             f"{folder}: no training to resume there. Expected {CONFIG_FILE} and {FOLDER_NAME}; "
