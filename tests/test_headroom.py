@@ -1,6 +1,7 @@
 """Headroom from a float32 run, beside what real reduced-precision runs do; tiny real pipelines."""
 
 from collections import Counter
+from functools import partial
 
 import matplotlib.figure
 import pytest
@@ -11,7 +12,7 @@ from planting import NAN, both, scale_inside, set_weight, with_ddim
 from tiny_pipelines import build_tiny_pipe
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from sdkit import ValidationError, load_pipeline, measure_headroom
+from sdkit import ValidationError, load_pipeline, measure_headroom, plan_precision
 from sdkit.diagnosis.module_path import ModulePath
 from sdkit.emulate import float16_arithmetic
 from sdkit.emulate.mode import suspended
@@ -20,6 +21,7 @@ from sdkit.finding import find_tensors
 from sdkit.guarding import find_components
 from sdkit.precision import Headroom, plot_headroom
 from sdkit.precision.headroom import OVERFLOW, following_steps
+from sdkit.precision.ladder import climb
 from sdkit.validation import is_finite
 
 pytestmark = pytest.mark.filterwarnings(
@@ -210,8 +212,25 @@ def test_nan_in_the_calibration_run_names_its_place(tokenizer_folder):
     set_weight("unet.conv_in", NAN)(pipe)
     with pytest.raises(ValidationError, match=r"unet\.conv_in\.weight .*holds NaN or Inf"):
         measure_headroom(pipe, "a shoe", **RUN)
-    with pytest.raises(ValidationError, match="prompts: got none"):
+    with pytest.raises(ValidationError, match=r"prompts: got \[\], expected a prompt"):
         measure_headroom(pipe, [], **RUN)
+
+
+@pytest.mark.parametrize(
+    ("prompts", "options", "said"),
+    [
+        (None, {}, "prompts: got None"),
+        (["a", None], {}, r"prompts\[1\]: got None"),
+        ("a", {"seed": "0"}, "seed: got '0'"),
+        ("a", {"num_inference_steps": 0}, "num_inference_steps: got 0"),
+        ("a", {"guidance": 2}, "guidance: .*takes no such argument"),
+        ("a", {"generator": None}, "generator: expected none"),
+    ],
+)
+def test_what_cannot_be_drawn_is_said_before_anything_runs(tiny_pipe, prompts, options, said):
+    for measure in (measure_headroom, partial(plan_precision, progress=False), climb):
+        with pytest.raises(ValidationError, match=said):
+            measure(tiny_pipe, prompts, **options)
 
 
 def test_the_map_is_drawn(tiny_pipe):

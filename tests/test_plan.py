@@ -119,12 +119,35 @@ def test_a_recipe_for_another_model_is_refused(tiny_pipe, tokenizer_folder, tmp_
         (lambda text: json.dumps({**json.loads(text), "float32": None}), "float32 is None"),
         (lambda text: json.dumps({**json.loads(text), "float32": [3]}), r"float32 is \[3\]"),
         (lambda text: json.dumps({**json.loads(text), "fingerprint": {"unet": "x"}}), "damaged"),
+        (lambda text: json.dumps({**json.loads(text), "fingerprint": {}}), "damaged"),
+        (lambda text: json.dumps({**json.loads(text), "fingerprint": {"unet": {}}}), "damaged"),
+        (lambda text: json.dumps({**json.loads(text), "psnr_db": None}), "psnr_db is None"),
     ],
 )
 def test_a_damaged_recipe_is_refused(tiny_pipe, change, words):
     text = plan_precision(tiny_pipe, "a shoe", **FAST).to_json()
     with pytest.raises(ValidationError, match=words):
         Recipe.from_json(change(text))
+
+
+def test_a_recipe_that_cannot_be_kept_is_said(tiny_pipe, tmp_path):
+    recipe = plan_precision(tiny_pipe, "a shoe", **FAST)
+    for path in (tmp_path, tmp_path / "no" / "recipe.json"):
+        with pytest.raises(ValidationError, match="no recipe can be written there"):
+            recipe.save(path)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_layers_with_a_tied_weight_stay_float32_together(tiny_pipe):
+    """One weight has one dtype, so the biases of both layers go with it."""
+    first, second = tiny_pipe.unet.mid_block.resnets
+    first.conv1.weight = second.conv1.weight
+    before = draw_images(tiny_pipe, ["a shoe"], 0, {"num_inference_steps": 1})
+    with mixed_precision(tiny_pipe, ["unet.mid_block.resnets.0.conv1"]), float16_arithmetic():
+        assert second.conv1.bias.dtype is torch.float32
+        assert second.conv2.bias.dtype is torch.float16
+        images = draw_images(tiny_pipe, ["a shoe"], 0, {"num_inference_steps": 1})
+    assert np.abs(images - before).max() < 0.02
 
 
 def test_a_recipe_that_the_device_cannot_compute_is_refused(tiny_pipe, tiny_folder):

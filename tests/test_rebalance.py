@@ -6,6 +6,7 @@ import math
 from contextlib import ExitStack
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
 from diffusers import (
@@ -649,6 +650,10 @@ def adapt(unet):
     unet.add_adapter(LoraConfig(r=2, target_modules=["to_q"]))
 
 
+def replace_norm(unet):
+    unet.mid_block.attentions[0].transformer_blocks[0].norm1 = torch.nn.RMSNorm(64, eps=1e-5)
+
+
 @pytest.mark.parametrize(
     ("spoil", "said"),
     [
@@ -659,6 +664,10 @@ def adapt(unet):
         (empty_one, r"conv_in\.weight has no data"),
         (adapt, r"has adapter layers \(Linear\)\. Merge them first"),
         (lambda unet: unet.half(), r"is float16, expected float32"),
+        (
+            replace_norm,
+            r"transformer_blocks\.0\.norm1 is a RMSNorm, expected GroupNorm or LayerNorm",
+        ),
     ],
     ids=lambda value: getattr(value, "__name__", ""),
 )
@@ -675,9 +684,21 @@ def test_weights_that_cannot_move_exactly_are_refused(unet, spoil, said):
 def test_a_headroom_of_another_model_is_refused(unet):
     with pytest.raises(ValidationError, match="headroom: has no op of this unet"):
         rebalance(unet, measure(build_sdxl_vae()))
+    with pytest.raises(
+        ValidationError, match="headroom: got a dict, expected what measure_headroo"
+    ):
+        rebalance(unet, {})
 
 
-@pytest.mark.parametrize("exponent", [0, -3, 1.5, "4"])
+def test_a_model_of_zeros_is_left_alone(unet):
+    with torch.no_grad():
+        for parameter in unet.parameters():
+            parameter.zero_()
+    assert amplify(unet, np.int64(3)).error_without_sidecar == 0.0
+    assert rebalance(unet).is_unchanged
+
+
+@pytest.mark.parametrize("exponent", [0, -3, 1.5, "4", True])
 def test_amplify_wants_a_positive_whole_number(unet, exponent):
     with pytest.raises(ValidationError, match="expected a whole number of at least 1"):
         amplify(unet, exponent)
@@ -692,6 +713,8 @@ def test_amplify_names_the_weight_that_would_overflow(unet):
         match=r"mid_block\.resnets\.0\.conv1\.weight: \|x\| is up to 100.*exponent of at most 9",
     ):
         amplify(unet, 10)
+    with pytest.raises(ValidationError, match="an exponent of at most"):
+        amplify(unet, 10**6)
     assert are_equal(unet.state_dict().values(), state.values())
     amplify(unet, 9)
 

@@ -9,6 +9,7 @@ import hashlib
 import json
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, fields
+from numbers import Real
 from pathlib import Path
 
 import torch
@@ -23,6 +24,10 @@ from sdkit.validation import ValidationError
 
 RECIPE_VERSION = 1
 LISTS = ("float32", "prompts")  # fields that JSON gives as lists
+NUMBERS = (
+    "psnr_db", "healthy_db", "tolerance_db", "trials", "weight_bytes", "float32_weight_bytes",
+)  # fmt: skip
+FINGERPRINT = {"class", "shapes", "values"}
 SAMPLED_VALUES = 4  # of each tensor, for the fingerprint
 
 
@@ -101,17 +106,34 @@ class Recipe:
             seen = content["dtype"]
             raise ValidationError(f"recipe: dtype {seen!r}, expected float16 or bfloat16.")
         fingerprint = content["fingerprint"]
-        if not isinstance(fingerprint, dict) or not all(
-            isinstance(parts, dict) for parts in fingerprint.values()
-        ):
+        is_whole = isinstance(fingerprint, dict) and all(
+            isinstance(parts, dict) and set(parts) == FINGERPRINT for parts in fingerprint.values()
+        )
+        if not is_whole or not fingerprint:  # without one it would pass for any model's
             raise ValidationError("recipe: fingerprint is damaged. Run plan_precision again.")
+        for name in NUMBERS:
+            if not isinstance(content[name], Real):
+                raise ValidationError(
+                    f"recipe: {name} is {content[name]!r:.60}, expected a number. Run "
+                    "plan_precision again."
+                )
         return cls(**content | lists)
 
     def save(self, path) -> Path:
-        """Writes the recipe, whole or not at all."""
+        """Writes the recipe, whole or not at all.
+
+        Raises:
+            ValidationError: It cannot be written there.
+        """
         path = Path(path)
-        with replace_file(path) as temporary:
-            temporary.write_text(self.to_json(), encoding="utf-8")
+        try:
+            with replace_file(path) as temporary:
+                temporary.write_text(self.to_json(), encoding="utf-8")
+        except OSError as error:
+            raise ValidationError(
+                f"{path}: no recipe can be written there ({error.strerror}). Choose a file in a "
+                "folder that is there."
+            ) from error
         return path
 
     @classmethod
@@ -123,7 +145,7 @@ class Recipe:
         """
         try:
             return cls.from_json(Path(path).read_text(encoding="utf-8"))
-        except (OSError, UnicodeDecodeError) as error:
+        except (OSError, UnicodeDecodeError, TypeError) as error:
             raise ValidationError(f"{path}: no recipe can be read there ({error}).") from error
 
 
@@ -226,6 +248,7 @@ def apply_recipe(pipe, recipe: Recipe):
 def set_precision(pipe, float32, dtype) -> list:
     """Casts weights and installs casts at the layers; returns the handles of the latter."""
     kept = {id(t) for path in float32 for t in list_tensors(find_module(pipe, path))}
+    keep_layers_whole(pipe, kept)
     handles = []
     for model in find_models(pipe).values():
         with suspended():  # a cast rounds alike outside of an emulation, in a tenth of the time
@@ -235,6 +258,17 @@ def set_precision(pipe, float32, dtype) -> list:
             handles += [cast_at(layer) for layer in model.modules() if weight_of(layer) is not None]
     install_border_casts(pipe)
     return handles
+
+
+def keep_layers_whole(pipe, kept):
+    """Adds the tensors of each layer of which one is kept: a tied weight belongs to several."""
+    layers = [
+        {id(t) for t in (*layer._parameters.values(), *layer._buffers.values()) if t is not None}
+        for model in find_models(pipe).values()
+        for layer in model.modules()
+    ]
+    while partly := [layer - kept for layer in layers if layer & kept and layer - kept]:
+        kept.update(*partly)
 
 
 def cast_at(layer):

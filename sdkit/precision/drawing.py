@@ -6,15 +6,35 @@ import numpy as np
 import torch
 from skimage.metrics import peak_signal_noise_ratio
 
+from sdkit.diagnosis.guarded_run import check_arguments, check_prompts
 from sdkit.emulate import active as find_emulation
 from sdkit.emulate import float16_arithmetic
 from sdkit.finding import NonFiniteError
-from sdkit.guarding import guard
+from sdkit.guarding import find_components, guard
 from sdkit.validation import ValidationError, judge_image
+
+# What is given to the pipeline here: one image a prompt, each from its own seed.
+RESERVED = ("prompt", "prompt_embeds", "generator", "num_images_per_prompt", "return_dict")
 
 
 class BadReferenceError(ValidationError):
     """float32 itself draws nothing to compare with: no change of precision cures that."""
+
+
+def check_request(pipe, prompts, seed, pipe_kwargs) -> list[str]:
+    """Returns the prompts as a list if the pipeline can be called so, before anything is computed.
+
+    Raises:
+        ValidationError: No pipeline, no prompt, or arguments that it does not take.
+    """
+    find_components(pipe)
+    for name in RESERVED:
+        if name in pipe_kwargs:
+            raise ValidationError(
+                f"{name}: expected none, for there is one image a prompt here, from its own seed."
+            )
+    check_arguments(pipe, seed, pipe_kwargs)
+    return check_prompts(pipe, prompts, {})
 
 
 def draw_images(pipe, prompts, seed, pipe_kwargs) -> np.ndarray | None:

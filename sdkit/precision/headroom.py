@@ -12,6 +12,7 @@ from sdkit.guarding import find_components, unguarded
 from sdkit.loading.border_casts import map_floats
 from sdkit.loading.lifting import in_float32
 from sdkit.loading.sidecar import find_shift
+from sdkit.precision.drawing import check_request
 from sdkit.precision.op_ranges import OpRanges
 from sdkit.steps import find_position
 from sdkit.validation import ValidationError, is_finite
@@ -173,12 +174,11 @@ def measure_headroom(pipe, prompts, *, seed=0, **pipe_kwargs) -> Headroom:
         A Headroom.
 
     Raises:
-        ValidationError: NaN or Inf in float32 itself, with the first place; no prompt; or a weight
-            that is not finite, which a cast cannot undo.
+        ValidationError: NaN or Inf in float32 itself, with the first place; a weight that is not
+            finite, which a cast cannot undo; no prompt, or arguments that the pipeline does not
+            take.
     """
-    prompts = (prompts,) if isinstance(prompts, str) else tuple(prompts)
-    if not prompts:
-        raise ValidationError("prompts: got none, expected at least one to measure with.")
+    prompts = tuple(check_request(pipe, prompts, seed, pipe_kwargs))
     check_weights_are_finite(pipe)
     ranges = OpRanges(find_components(pipe))
     pipe_kwargs = map_floats(pipe_kwargs, torch.Tensor.float)

@@ -26,6 +26,7 @@ from sdkit.loading.lifting import in_float32
 from sdkit.loading.recipe import Recipe, count_bytes
 from sdkit.precision.drawing import (
     check_reference,
+    check_request,
     draw_guarded,
     draw_images,
     low_arithmetic,
@@ -121,7 +122,7 @@ def climb(
     Raises:
         ValidationError: float32 with fused attention is bad itself.
     """
-    prompts = [prompts] if isinstance(prompts, str) else list(prompts)
+    prompts = check_request(pipe, prompts, seed, pipe_kwargs)
     rungs = []
     with unguarded(pipe):
         if reference is None:

@@ -46,6 +46,13 @@ def check_weights(model, streams: Streams):
                 f"{name}: {layer.path} is a {type(module).__name__}, expected Linear or Conv2d in "
                 'float32. Load the model unquantised, with dtype="float32".'
             )
+    for norm in streams.norms:
+        module = model.get_submodule(norm.path)
+        if type(module) not in (torch.nn.GroupNorm, torch.nn.LayerNorm):
+            raise ValidationError(
+                f"{name}: {norm.path} is a {type(module).__name__}, expected GroupNorm or "
+                "LayerNorm, which divide by what their input was multiplied with."
+            )
 
 
 def check_overflow(model, streams: Streams, exponents):
@@ -53,8 +60,8 @@ def check_overflow(model, streams: Streams, exponents):
     for layer in streams.layers:
         for kind, tensor, exponent in find_moved(model, layer, exponents):
             largest = float(tensor.detach().abs().max())
-            if largest * 2.0**exponent > FLOAT16_MAX:
-                possible = math.floor(math.log2(FLOAT16_MAX / largest))
+            possible = math.floor(math.log2(FLOAT16_MAX / largest)) if largest else exponent
+            if exponent > possible:
                 raise ValidationError(
                     f"{layer.path}.{kind}: |x| is up to {largest:.4g}, so at 2^{exponent} it would "
                     f"overflow in float16, which is another fault. Expected an exponent of at most "

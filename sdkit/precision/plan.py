@@ -26,6 +26,7 @@ from sdkit.loading.recipe import (
 )
 from sdkit.precision.drawing import (
     check_reference,
+    check_request,
     describe_arithmetic,
     draw_images,
     measure_psnr,
@@ -75,9 +76,7 @@ def plan_precision(
         raise ValidationError(f"dtype={dtype!r}: expected one of {', '.join(CANDIDATES)}.")
     if not (isinstance(tolerance_db, int | float) and math.isfinite(tolerance_db)):
         raise ValidationError(f"tolerance_db={tolerance_db!r}: expected a number of dB, such as 1.")
-    prompts = [prompts] if isinstance(prompts, str) else list(prompts)
-    if not prompts:
-        raise ValidationError("prompts: got none, expected a prompt or a list of prompts.")
+    prompts = check_request(pipe, prompts, seed, pipe_kwargs)
 
     def draw():
         return draw_images(pipe, prompts, seed, pipe_kwargs)

@@ -5,12 +5,14 @@ float32 outputs stay equal to the last bit; see `sdkit.precision.streams` for wh
 
 import math
 from dataclasses import replace
+from numbers import Integral
 from pathlib import Path
 
 import numpy as np
 import torch
 from diffusers import AutoencoderKL
 
+from sdkit.generation.request import check_number
 from sdkit.loading.rebalanced import install_checks, remove_checks
 from sdkit.loading.sidecar import Shift, find_shift, measure_largest
 from sdkit.precision.exponents import MARGIN_BITS, choose_exponents, find_needs
@@ -60,6 +62,11 @@ def rebalance(model, headroom: Headroom | None = None, *, seed=0) -> RebalanceRe
         ValidationError: Another class or configuration; weights not in float32, tied, quantised or
             not finite; adapters; a headroom of another model. The model is as it was.
     """
+    if not isinstance(headroom, Headroom | None):
+        raise ValidationError(
+            f"headroom: got a {type(headroom).__name__}, expected what measure_headroom returns."
+        )
+    check_number("seed", seed)
     streams = find_streams(model)
     check_weights(model, streams)
     root = "vae" if isinstance(model, AutoencoderKL) else "unet"
@@ -108,11 +115,11 @@ def amplify(model, exponent: int) -> RebalanceReport:
         ValidationError: As for `rebalance`; or a weight would overflow in float16: which, and the
             greatest exponent that it allows.
     """
-    if not isinstance(exponent, int) or exponent < 1:
+    if not isinstance(exponent, Integral) or isinstance(exponent, bool) or exponent < 1:
         raise ValidationError(f"exponent={exponent!r}: expected a whole number of at least 1.")
     streams = find_streams(model)
     check_weights(model, streams)
-    exponents = dict.fromkeys(streams.names, exponent)
+    exponents = dict.fromkeys(streams.names, int(exponent))
     check_overflow(model, streams, exponents)
     calls = make_calls(model)
     before = run_calls(calls)
@@ -280,7 +287,7 @@ def measure_error_without_sidecar(model, calls, expected) -> float:
         for path, eps in shift.eps.items():
             model.get_submodule(path).eps = eps
     errors = sum(sum_squares(f - e) for f, e in zip(found, expected, strict=True))
-    return math.sqrt(errors / sum(map(sum_squares, expected)))
+    return math.sqrt(errors / sum(map(sum_squares, expected))) if errors else 0.0
 
 
 def sum_squares(values: torch.Tensor) -> float:
