@@ -1,6 +1,7 @@
 """The ladder climbed on failures of different causes, undone each time; `sdkit fix` on top."""
 
 import json
+import shutil
 
 import pytest
 import torch
@@ -12,6 +13,7 @@ from sdkit import load_pipeline
 from sdkit.cli import app
 from sdkit.emulate import mps
 from sdkit.loading.recipe import Recipe
+from sdkit.precision.fixing import fix_model
 from sdkit.precision.ladder import climb
 from sdkit.validation import ValidationError
 
@@ -128,6 +130,14 @@ def test_fix_refuses_a_folder_that_it_cannot_write_before_it_draws(tiny_folder, 
     (tmp_path / "file").touch()
     result = fix(tiny_folder, "--output", tmp_path / "file" / "fix")
     assert result.exit_code == 2 and "cannot be written to" in result.stderr
+
+
+def test_fix_does_not_clear_away_the_model_that_it_is_asked_about(tiny_folder, tmp_path):
+    shutil.copytree(tiny_folder, tmp_path / "model")
+    (tmp_path / "fix.json").write_text("{}")
+    with pytest.raises(ValidationError, match="is what an earlier fix left"):
+        fix_model(tmp_path / "model", "a shoe", tmp_path, num_inference_steps=1, progress=False)
+    assert (tmp_path / "model" / "model_index.json").exists()
 
 
 def test_fix_of_nothing_is_one_clear_error(tmp_path):

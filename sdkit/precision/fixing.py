@@ -17,7 +17,7 @@ from sdkit.precision.drawing import describe_arithmetic
 from sdkit.precision.ladder import Rung, climb
 from sdkit.precision.rungs import HOW, rebalanced
 from sdkit.run_folder import replace_file
-from sdkit.validation import check_is_writable
+from sdkit.validation import ValidationError, check_is_writable
 
 FIX_NAME = "fix.json"
 RECIPE_NAME = "recipe.json"
@@ -102,10 +102,11 @@ def fix_model(
         A Fix; `chosen` is None if no rung is proven.
 
     Raises:
-        ValidationError: The folder cannot be written to, the model cannot be loaded, or float32
-            itself is bad.
+        ValidationError: The folder cannot be written to, or what it is cleared of is the model; the
+            model cannot be loaded; or float32 itself is bad.
     """
     folder = check_is_writable(output_folder)
+    check_is_apart(model, folder)
     with allow_unsafe_attention():  # it is what is to be fixed
         pipe, _ = load_pipeline(
             model, backend=backend, dtype="float32", attention=attention, progress=progress
@@ -129,6 +130,16 @@ def fix_model(
     with replace_file(folder / FIX_NAME) as temporary:  # last: what has it is whole
         temporary.write_text(fix.to_json())
     return fix
+
+
+def check_is_apart(model, folder):
+    """Refuses a model that an earlier fix left in this folder: it would be removed from it."""
+    earlier, path = (folder / MODEL_NAME).resolve(), Path(str(model)).resolve()
+    if path.exists() and path.is_relative_to(earlier):
+        raise ValidationError(
+            f"{model}: is what an earlier fix left in {folder}, which is cleared for this one. "
+            "Choose another output folder."
+        )
 
 
 def remove_earlier(folder):
