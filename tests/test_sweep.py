@@ -566,7 +566,10 @@ def test_what_is_damaged_is_told_and_made_again(tmp_path, marks):
     again = run_sweep(notebook, grid, output=out, jobs=1, progress=False)
     assert list(again["status"]) == ["done"] * 3
     assert again["good"][0] and again["metric: half"][0] == 0.5
+    (second / "notebook.html").unlink()  # as where the sweep was killed before it was written
     assert not again["good"][1:].any()  # a notebook's own results are not made again unasked
+    run_sweep(notebook, grid, output=out, jobs=1, progress=False)
+    assert (second / "notebook.html").is_file()
     assert run_sweep(notebook, grid, output=out, jobs=1, progress=False, force=True)["good"].all()
 
 

@@ -97,15 +97,20 @@ def execute_run(task):
         attempt = folder / ATTEMPTS / f"{task.run_id}.{uuid.uuid4().hex[:8]}"
         attempt.mkdir(parents=True)
         record = {"run_id": task.run_id, "attempts": number, **_attempt(task, attempt)}
-        if (attempt / NOTEBOOK_NAME).is_file():
-            save_reading(attempt / NOTEBOOK_NAME, attempt / PAGE_NAME)
         (attempt / RUN_NAME).write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
         if not is_held(folder, task.token):
             raise SweepGone(f"{task.run_id}: the sweep that wanted it has ended.")
-        _put_in_place(attempt, folder, record["status"])
+        # The page comes after: what is killed before this line was worked for in vain.
+        save_missing_page(_put_in_place(attempt, folder, record["status"]))
         if record["status"] == DONE:
             break
     return record["status"]
+
+
+def save_missing_page(folder):
+    """Writes the executed notebook of a run as a page, where there is one and no page yet."""
+    if (folder / NOTEBOOK_NAME).is_file() and not (folder / PAGE_NAME).is_file():
+        save_reading(folder / NOTEBOOK_NAME, folder / PAGE_NAME)
 
 
 def read_run(folder):
@@ -269,7 +274,10 @@ def _describe_cell(index, source, task, values):
 
 
 def _put_in_place(attempt, folder, status):
-    """Moves a complete attempt to where it belongs, whole; a run that is done stays done."""
+    """Moves a complete attempt to where it belongs, whole, and returns that place.
+
+    A run that is done stays done.
+    """
     place = folder / (RUNS if status == DONE else FAILURES) / attempt.name.partition(".")[0]
     place.parent.mkdir(exist_ok=True)
     failed = folder / FAILURES / place.name
@@ -283,3 +291,4 @@ def _put_in_place(attempt, folder, status):
         if not place.is_dir():
             raise
         shutil.rmtree(attempt, ignore_errors=True)
+    return place

@@ -8,7 +8,16 @@ from pathlib import Path
 
 from tqdm.auto import tqdm
 
-from sdkit.batch.execution import ATTEMPTS, DONE, FAILURES, RUN_NAME, RUNS, Task, read_run
+from sdkit.batch.execution import (
+    ATTEMPTS,
+    DONE,
+    FAILURES,
+    RUN_NAME,
+    RUNS,
+    Task,
+    read_run,
+    save_missing_page,
+)
 from sdkit.batch.grid import BUNDLED
 from sdkit.batch.kernels import close_zygote, warm_zygote
 from sdkit.batch.lock import lock_folder
@@ -148,6 +157,8 @@ def _save_failure(folder, task, status, error):
 
 def _write_results(folder):
     table = load_results(folder)
+    for path in table["path"].dropna():
+        save_missing_page(folder / path)  # of a run whose sweep was killed before it came to that
     save_results(table, folder)
     save_sheet(table, folder)
     save_page(table, folder)
