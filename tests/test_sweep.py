@@ -405,6 +405,27 @@ def test_schedulers_that_cannot_be_used(tmp_path, marks, monkeypatch):
     assert "tcp://127.0.0.1:9: no Dask scheduler answers there" in result.stderr
 
 
+@pytest.mark.parametrize("address", ["tls://127.0.0.1:9", 5, ""])
+def test_addresses_that_are_none(address):
+    with (
+        pytest.raises(ValidationError, match="no Dask scheduler answers there"),
+        scheduling.connect(address, jobs=1, has_device=False),
+    ):
+        pass
+
+
+def test_a_bad_scheduler_is_one_line(tmp_path):
+    """In a process of its own: dask's half-made client would speak when Python ends."""
+    code = (
+        "import sys; from sdkit.batch.scheduling import connect\n"
+        "try: connect('localhost', jobs=1, has_device=False).__enter__()\n"
+        "except ValueError as error: print(error)"
+    )
+    ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+    assert (ran.returncode, ran.stderr) == (0, "")
+    assert ran.stdout.startswith("localhost: no Dask scheduler answers there")
+
+
 def _write_grid(tmp_path, text="grid: {mode: [ok]}"):
     path = tmp_path / "grid.yaml"
     path.write_text(text)

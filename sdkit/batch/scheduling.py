@@ -4,8 +4,10 @@ A device (MPS, CUDA) is the resource "accelerator": as many notebooks use it at 
 offer it. Workers that are started by hand offer it with `--resources accelerator=1`.
 """
 
+import asyncio
 import logging
 import os
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 
 import sdkit
@@ -52,14 +54,32 @@ def connect(scheduler, *, jobs, has_device):
     logging.getLogger("distributed.client").setLevel(logging.CRITICAL)
     logging.getLogger("distributed.utils").setLevel(logging.CRITICAL)
     try:
+        _knock(scheduler)
         client = Client(scheduler, timeout=CONNECT_SECONDS, set_as_default=False)
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, TypeError) as error:  # TypeError: tls without certificates
         raise ValidationError(
             f"{scheduler}: no Dask scheduler answers there ({error}). Start one with "
             "`dask scheduler` and workers with `dask worker ADDRESS`, or leave --scheduler out."
         ) from error
     with client:
         yield client
+
+
+def _knock(address):
+    """Raises what is wrong with an address that cannot be connected to.
+
+    A Client that fails to connect is left half-made: when Python ends it waits 20 s for itself and
+    prints a traceback (distributed 2026.8; `test_a_bad_scheduler_is_one_line` guards it).
+    """
+    from distributed import connect
+
+    async def knock():
+        comm = await connect(address, timeout=CONNECT_SECONDS)
+        comm.abort()
+
+    # In a thread of its own, for a notebook's has a loop that runs already.
+    with ThreadPoolExecutor(1) as pool:
+        pool.submit(asyncio.run, knock()).result()
 
 
 def check_workers(client, folder, token):
