@@ -30,6 +30,7 @@ def test_the_report_s_setting_is_the_default():
         ("adam_beta2", 1), ("caption_dropout", 1.1), ("noise_offset", -0.1), ("snr_gamma", 0),
         ("max_grad_norm", 0), ("output_folder", ""), ("validation_prompts", [1]), ("seed", -1),
         ("resolution", 4), ("rollback_lr_factor", 0), ("timestep_bias", 0.5),
+        ("velocity_weight", 0),
         ("alpha", 10**400), ("rank", 10**400), ("seed", 2**63), ("resolution", 10**5),
         ("noise_offset", 1e38), ("targets", 5), ("targets", [["attention"]]), ("targets", {}),
         ("kept_prompts", 1.5), ("validation_prompts", {"a shoe": 1}), ("model", "a\0b"),
@@ -46,6 +47,11 @@ def test_bad_values_are_refused_in_one_sentence(name, value):
 def test_early_stopping_needs_a_validation_loss():
     with pytest.raises(ValidationError, match="early_stopping_patience=2: expected validation_"):
         LoRAConfig(early_stopping_patience=2, validation_steps=None)
+
+
+def test_timesteps_are_weighed_in_one_way_at_a_time():
+    with pytest.raises(ValidationError, match="velocity_weight=5.0: expected 1 beside snr_gamma=5"):
+        LoRAConfig(velocity_weight=5, snr_gamma=5)
 
 
 @pytest.mark.parametrize("ending", [".json", ".yaml"])

@@ -10,6 +10,7 @@ from sdkit.finetuning.batches import choose_indices, draw_batch
 from sdkit.finetuning.keyed_random import keyed_generator
 from sdkit.finetuning.objective import (
     add_noise,
+    check_weights,
     make_noise_scheduler,
     measure_losses,
     weigh_timesteps,
@@ -64,8 +65,8 @@ def test_min_snr_is_the_paper_s(tiny_pipe, prediction_type):
     snr = compute_snr(schedule, timesteps)
     below = snr if prediction_type == "epsilon" else snr + 1
     expected = snr.clamp(max=5) / below
-    assert torch.allclose(weigh_timesteps(schedule, timesteps, 5.0), expected, rtol=1e-3)
-    assert torch.equal(weigh_timesteps(schedule, timesteps, None), torch.ones(len(timesteps)))
+    assert torch.allclose(weigh_timesteps(schedule, timesteps, snr_gamma=5.0), expected, rtol=1e-3)
+    assert torch.equal(weigh_timesteps(schedule, timesteps), torch.ones(len(timesteps)))
 
 
 @pytest.mark.parametrize(("prediction_type", "limit"), [("epsilon", 1), ("v_prediction", 0)])
@@ -75,9 +76,44 @@ def test_min_snr_where_there_is_no_signal(tiny_pipe, prediction_type, limit):
     )
     assert schedule.alphas_cumprod[-1] < 1e-7
     schedule.alphas_cumprod[-1] = 0
-    weights = weigh_timesteps(schedule, torch.arange(TIMESTEPS), 5.0)
+    weights = weigh_timesteps(schedule, torch.arange(TIMESTEPS), snr_gamma=5.0)
     assert torch.isfinite(weights).all()
     assert weights[-1] == limit
+
+
+def test_an_error_of_noise_is_counted_as_that_of_velocity(tiny_pipe, tmp_path):
+    schedule = use_scheduler(tiny_pipe, prediction_type="epsilon")
+    batch = draw_batch(make_encoded(tiny_pipe), make_config(tmp_path), TIMESTEPS, 0)
+    noisy_latents, _ = add_noise(schedule, batch.latents, batch.noise, batch.timesteps)
+    wrong = batch.noise + 0.1 * torch.randn(
+        batch.noise.shape, generator=torch.Generator().manual_seed(0)
+    )
+    signal = schedule.alphas_cumprod[batch.timesteps][:, None, None, None]
+    meant = (noisy_latents - (1 - signal).sqrt() * wrong) / signal.sqrt()  # latents, were it right
+    velocities = [
+        schedule.get_velocity(*pair, batch.timesteps)
+        for pair in ((batch.latents, batch.noise), (meant, wrong))
+    ]
+    expected = (velocities[0] - velocities[1]).square().mean(dim=(1, 2, 3))
+    weights = weigh_timesteps(schedule, batch.timesteps, velocity_weight=1e6)
+    found = weights * (batch.noise - wrong).square().mean(dim=(1, 2, 3))
+    assert torch.allclose(found, expected, rtol=1e-3)
+    assert float(weights.max()) > 50
+
+
+def test_the_weight_has_its_limit_where_there_is_no_signal_too(tiny_pipe):
+    schedule = use_scheduler(tiny_pipe, rescale_betas_zero_snr=True)
+    schedule.alphas_cumprod[-1] = 0
+    weights = weigh_timesteps(schedule, torch.arange(TIMESTEPS), velocity_weight=5.0)
+    assert float(weights.min()) >= 1 and weights[-1] == weights.max() == 5
+    assert torch.equal(weights, weights.sort().values)
+
+
+def test_a_model_of_velocity_is_not_weighed_twice(tiny_pipe, tmp_path):
+    schedule = use_scheduler(tiny_pipe, prediction_type="v_prediction")
+    check_weights(schedule, make_config(tmp_path))
+    with pytest.raises(ValidationError, match="velocity_weight=5.0: the model predicts velocity"):
+        check_weights(schedule, make_config(tmp_path, velocity_weight=5))
 
 
 def test_a_loss_is_a_mean_over_samples(tiny_pipe, tmp_path):

@@ -14,6 +14,7 @@ from sdkit.finetuning.adapter import find_parameters
 from sdkit.finetuning.batches import draw_batch
 from sdkit.finetuning.checkpoints import list_checkpoints
 from sdkit.finetuning.gradient_step import compute_gradients, take_step
+from sdkit.finetuning.held_out import measure_validation_loss
 from sdkit.finetuning.report import REPORT_FILE
 from sdkit.finetuning.training import find_gradients, train_lora
 from sdkit.finetuning.training_run import begin_run, save
@@ -83,6 +84,24 @@ def test_any_micro_batch_gives_the_same_gradients(
         # Sums of 8 float32 losses in another order, through a dozen layers: a few ulp of 6e-8.
         assert float((gradient - gradients["given"]).norm() / length) < 2e-6, size
         assert losses[size] == pytest.approx(losses["given"], rel=1e-6)
+
+
+def test_training_is_weighed_and_the_validation_loss_is_not(tokenizer_folder, tmp_path):
+    losses, looks = {}, {}
+    for weight in (1.0, 5.0):
+        pipe = build_tiny_pipe(tokenizer_folder)
+        config = make_config(tmp_path / str(weight), velocity_weight=weight)
+        run, _ = begin_run(config, pipe=pipe, data=make_data(pipe), progress=False)
+        batch = draw_batch(run.train, config, 1000, 0)
+        losses[weight], _, _ = compute_gradients(run, batch)
+        with torch.no_grad():
+            each = run.measure_losses(batch)
+        looks[weight] = measure_validation_loss(run)
+    signal = run.noise_scheduler.alphas_cumprod[batch.timesteps]
+    assert losses[1.0] == pytest.approx(float(each.mean()), rel=1e-6)
+    assert losses[5.0] == pytest.approx(float(((1 / signal).clamp(max=5) * each).mean()), rel=1e-5)
+    assert losses[5.0] > 1.5 * losses[1.0]
+    assert looks[1.0] == looks[5.0]
 
 
 def test_any_micro_batch_gives_the_same_training(tokenizer_folder, tmp_path):

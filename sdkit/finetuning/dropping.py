@@ -70,14 +70,10 @@ def _examine(run, batch, gate):
             "message": message and f"{message}; it is left out from now on",
         }  # fmt: skip
 
-    def measure_loss(part):
-        losses = run.measure_losses(part, snr_gamma=run.config.snr_gamma)
-        return losses.sum() / run.config.effective_batch
-
     batch = batch.to(run.device)
-    guilty = find_guilty(batch, measure_loss, run.parameters)
+    guilty = find_guilty(batch, run.measure_share, run.parameters)
     components = {"unet": run.pipe.unet, **find_trained_components(run.pipe)}
-    cause, message = explain(batch, guilty, measure_loss, components)
+    cause, message = explain(batch, guilty, run.measure_share, components)
     is_models = len(guilty) == len(batch) > 1
     return {
         "positions": guilty, "images": () if is_models else name_images(batch, guilty),

@@ -27,8 +27,7 @@ def compute_gradients(run: TrainingRun, batch: Batch, loss_scale=1.0):
     is_bad = not all(map(is_finite, batch.tensors.values()))
     if not is_bad:
         for part in batch.to(run.device).split(run.micro_batch.size):
-            losses = run.measure_losses(part, snr_gamma=run.config.snr_gamma)
-            loss = losses.sum() / run.config.effective_batch
+            loss = run.measure_share(part)
             (loss * loss_scale).backward()
             total += loss.detach()
     total, is_bad = _sum_over_processes(run, total, is_bad)

@@ -123,9 +123,7 @@ def predict_step_gib(pipe, config, size, checkpointing, *, shapes, device_type) 
     # An emulation of numbers around this has no say in what is counted.
     with _disable_current_modes(), sdpa_as_on(device_type), LiveBytes(unet, encoder) as live:
         prompt_embeds = encode_prompts(encoder, batch, config)
-        measure_losses(
-            unet, noise_scheduler, batch, prompt_embeds, snr_gamma=config.snr_gamma
-        ).mean().backward()
+        measure_losses(unet, noise_scheduler, batch, prompt_embeds).mean().backward()
     return (live.peak_bytes + (1 + ADAM_STATES) * trained_bytes) / GIB
 
 

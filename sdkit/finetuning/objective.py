@@ -59,16 +59,32 @@ def add_noise(noise_scheduler, latents, noise, timesteps):
     return noisy_latents, noise_scheduler.get_velocity(latents, noise, timesteps)
 
 
-def weigh_timesteps(noise_scheduler, timesteps, snr_gamma):
-    """Returns the weight of each sample's loss: 1, or Min-SNR's.
+def check_weights(noise_scheduler, config):
+    """Refuses a weighting that a model of this prediction type cannot have.
+
+    Raises:
+        ValidationError: `velocity_weight` where velocity is what the model predicts.
+    """
+    prediction_type = noise_scheduler.config.prediction_type
+    if config.velocity_weight > 1 and prediction_type == "v_prediction":
+        raise ValidationError(
+            f"velocity_weight={config.velocity_weight}: the model predicts velocity, so its loss "
+            "is weighed like that already. Expected 1."
+        )
+
+
+def weigh_timesteps(noise_scheduler, timesteps, *, snr_gamma=None, velocity_weight=1.0):
+    """Returns the weight of each sample's loss: 1, Min-SNR's, or that of the error of velocity.
 
     Where the signal is zero (a schedule of zero terminal SNR) the weight is the limit, so it is
-    finite everywhere: 1 for epsilon, 0 for v_prediction.
+    finite everywhere: Min-SNR's is 1 for epsilon and 0 for v_prediction.
 
     Args:
         noise_scheduler: From `make_noise_scheduler`.
         timesteps: (B,), long.
-        snr_gamma: Gamma, or None.
+        snr_gamma: Gamma of Min-SNR, or None.
+        velocity_weight: The most that a weight may be where an error of epsilon is counted as the
+            error of velocity that it makes, which is 1 / alphas_cumprod larger; 1 leaves it.
 
     Returns:
         (B,), float32.
@@ -76,10 +92,11 @@ def weigh_timesteps(noise_scheduler, timesteps, snr_gamma):
     References:
         Hang et al. 2023, arXiv 2303.09556: min(SNR, gamma) on the loss of x0, which is SNR times
         smaller than that of epsilon and (SNR + 1) times smaller than that of v.
+        Salimans and Ho 2022, arXiv 2202.00512, section 4: SNR + 1 on the loss of x0.
     """
-    if snr_gamma is None:
-        return torch.ones(len(timesteps), device=timesteps.device)
     signal = noise_scheduler.alphas_cumprod.to(timesteps.device, torch.float32)[timesteps]
+    if snr_gamma is None:
+        return (1 / signal).clamp(max=velocity_weight)
     # SNR = signal / (1 - signal), multiplied through so that nothing is divided by zero.
     noise = 1 - signal
     clipped = torch.minimum(signal, snr_gamma * noise)  # min(SNR, gamma) * noise
@@ -88,8 +105,8 @@ def weigh_timesteps(noise_scheduler, timesteps, snr_gamma):
     return torch.where(signal > 0, clipped / signal, torch.ones_like(signal))
 
 
-def measure_losses(unet, noise_scheduler, batch, prompt_embeds, *, snr_gamma=None):
-    """Returns the loss of each sample.
+def measure_losses(unet, noise_scheduler, batch, prompt_embeds):
+    """Returns the loss of each sample, unweighted.
 
     A mean over a batch of any size is a mean of these: that is why a micro-batch changes nothing.
 
@@ -99,7 +116,6 @@ def measure_losses(unet, noise_scheduler, batch, prompt_embeds, *, snr_gamma=Non
         batch: With `latents`, `noise` (B, C, h, w) and `timesteps` (B,); what the base predicts is
             the target of those that `is_kept` (B,) marks.
         prompt_embeds: (B, L, D).
-        snr_gamma: See `weigh_timesteps`.
 
     Returns:
         (B,), float32.
@@ -110,5 +126,4 @@ def measure_losses(unet, noise_scheduler, batch, prompt_embeds, *, snr_gamma=Non
         noisy_latents.to(unet.dtype), batch.timesteps, prompt_embeds.to(unet.dtype),
         return_dict=False,
     )[0]  # (B, C, h, w)  # fmt: skip
-    errors = (noise_pred.float() - target.float()).square().mean(dim=(1, 2, 3))
-    return weigh_timesteps(noise_scheduler, batch.timesteps, snr_gamma) * errors
+    return (noise_pred.float() - target.float()).square().mean(dim=(1, 2, 3))

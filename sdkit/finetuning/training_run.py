@@ -39,7 +39,12 @@ from sdkit.finetuning.micro_batch import (
     encode_prompts,
     set_training_mode,
 )
-from sdkit.finetuning.objective import make_noise_scheduler, measure_losses
+from sdkit.finetuning.objective import (
+    check_weights,
+    make_noise_scheduler,
+    measure_losses,
+    weigh_timesteps,
+)
 from sdkit.finetuning.optimizer import check_8bit_adam, make_optimizer
 from sdkit.finetuning.processes import find_device_type, from_main, make_accelerator, name_card
 from sdkit.finetuning.progress import LOSS_SCALE, Progress
@@ -103,13 +108,21 @@ class TrainingRun:
             self.accelerator.process_index :: processes
         ]
 
-    def measure_losses(self, batch: Batch, *, snr_gamma=None):
-        """Returns (B,), the loss of each sample of a Batch on the device."""
+    def measure_losses(self, batch: Batch):
+        """Returns (B,), the loss of each sample of a Batch on the device, unweighted."""
         with _autocast(self.device, self.dtype):
             prompt_embeds = encode_prompts(self.pipe.text_encoder, batch, self.config)
-            return measure_losses(
-                self.pipe.unet, self.noise_scheduler, batch, prompt_embeds, snr_gamma=snr_gamma
-            )
+            return measure_losses(self.pipe.unet, self.noise_scheduler, batch, prompt_embeds)
+
+    def measure_share(self, part: Batch):
+        """Returns what a part of the effective batch adds to the loss that is trained on."""
+        weights = weigh_timesteps(
+            self.noise_scheduler,
+            part.timesteps,
+            snr_gamma=self.config.snr_gamma,
+            velocity_weight=self.config.velocity_weight,
+        )
+        return (weights * self.measure_losses(part)).sum() / self.config.effective_batch
 
 
 def _autocast(device, dtype):
@@ -157,6 +170,7 @@ def begin_run(
         notices = [*notices, *report.notices]
     check_targets(check_is_trainable(pipe), config)  # before an hour of encoding
     noise_scheduler = make_noise_scheduler(pipe)
+    check_weights(noise_scheduler, config)
     remove_guard(pipe)  # the gates look at every step, and drop where a guard would raise
     found = []
     if data is None:
