@@ -15,8 +15,9 @@ from sdkit.diagnosis.experiments import ATTENTION
 from sdkit.diagnosis.place import describe, place_of, stage_of
 from sdkit.diagnosis.trace import find_first_bad_op
 from sdkit.diagnosis.whole_run import find_in_whole_run, list_modules
+from sdkit.emulate.float16 import HALVES
 from sdkit.guarding import find_components
-from sdkit.loading.lifting import LOW_DTYPES, in_float32
+from sdkit.loading.lifting import in_float32
 from sdkit.validation import is_finite, judge_image
 
 # Of an image in [0, 1]. Pictures of a night have a mean above this; the report's were 0.
@@ -97,7 +98,7 @@ def find_unread_weights(pipe) -> dict:
 def examine_dark(pipe, call, evidence) -> Diagnosis:
     """Black, flat or dark without a NaN anywhere: float32 tells lost precision from the model."""
     components = find_components(pipe)
-    if any(component.dtype in LOW_DTYPES for component in components.values()):
+    if any(component.dtype in HALVES for component in components.values()):
         with in_float32(pipe):
             twin = call()
         if twin.is_valid and float(np.mean(twin.images)) >= DARK_MEAN:

@@ -38,9 +38,9 @@ from sdkit.diagnosis.op_traits import (
 )
 from sdkit.diagnosis.source_line import find_source, name_hooks
 from sdkit.diagnosis.storage import WeightNames, fills_storage, storage_of
+from sdkit.emulate.float16 import HALVES
 from sdkit.emulate.mode import is_composite, suspended
 from sdkit.finding import find_tensors
-from sdkit.loading.lifting import LOW_DTYPES
 from sdkit.validation import is_finite
 
 OPS_BEFORE = 12
@@ -283,7 +283,7 @@ class OpTrace(TorchDispatchMode):
     def _judge_flushing(self, call):
         """Softmax is left out: that most of its values vanish is what it is for."""
         name = call.func._schema.name.partition("::")[2]
-        if not call.output or call.output[0].dtype not in LOW_DTYPES or name in SOFTMAX_OPS:
+        if not call.output or call.output[0].dtype not in HALVES or name in SOFTMAX_OPS:
             return
         if measure_flushed(call) > FLUSHED_SHARE:
             self.found = self._describe(call)

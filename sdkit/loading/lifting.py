@@ -7,11 +7,10 @@ from contextlib import ExitStack, contextmanager, nullcontext
 
 import torch
 
+from sdkit.emulate.float16 import HALVES
 from sdkit.emulate.mode import suspended
 from sdkit.loading.border_casts import bordered, map_floats
 from sdkit.loading.modules import find_models
-
-LOW_DTYPES = (torch.float16, torch.bfloat16)
 
 
 @contextmanager
@@ -23,7 +22,7 @@ def in_float32(pipe, names=None):
         names: Components to lift; by default all that hold float16 or bfloat16.
     """
     modules = [m for name, m in find_models(pipe).items() if names is None or name in names]
-    tensors = [t for m in modules for t in list_tensors(m) if t.dtype in LOW_DTYPES]
+    tensors = [t for m in modules for t in list_tensors(m) if t.dtype in HALVES]
     with restored(tensors):
         for tensor in tensors:
             tensor.data = tensor.data.float()
@@ -50,7 +49,7 @@ def list_tensors(model) -> list[torch.Tensor]:
 
 def holds_low(model) -> bool:
     """Whether a model holds float16 or bfloat16, so that float32 is another try."""
-    return any(parameter.dtype in LOW_DTYPES for parameter in model.parameters())
+    return any(parameter.dtype in HALVES for parameter in model.parameters())
 
 
 @contextmanager
