@@ -17,6 +17,7 @@ def overflow_inside(pipe):
     scale_inside(pipe.unet, "mid_block.resnets.0", 17)
 
 
+@pytest.mark.slow  # notebook 02 climbs the same ladder on the bundled model
 def test_every_rung_is_run_and_the_planted_cause_decides(tiny_folder):
     planted = Failure("UNet overflow", overflow_inside)
     failures = (HEALTHY, planted, BY_NAME["stale memory"], BY_NAME["one NaN weight"])

@@ -186,6 +186,7 @@ def test_training_stops_at_a_loss_that_is_not_finite(tmp_path):
         )
 
 
+@pytest.mark.slow  # a minute, for a command that few run
 def test_the_whole_recipe_runs_and_is_not_repeated(tmp_path):
     recipe = Recipe(
         images=24,
