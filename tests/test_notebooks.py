@@ -29,6 +29,7 @@ OTHER_PARAMETERS = {
         "gradient_accumulation_steps",
         "noise_offset",
         "timestep_bias",
+        "velocity_weight",
         "kept_prompts",
         "kept_share",
         "pictures",
