@@ -86,7 +86,7 @@ def run_demo(
     notebooks = notebooks or find_notebooks()
     parameters = parameters or {}
     has_device = choose_device(parameters.get("backend", "auto"))[0].type != "cpu"
-    jobs = jobs or (1 if has_device else min(count_cores(), MOST_JOBS))
+    jobs = jobs or (1 if has_device else min(count_cores(), MOST_JOBS, len(notebooks)))
     packages = {
         name for path in notebooks for name in find_packages(nbformat.read(path, as_version=4))
     }

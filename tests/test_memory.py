@@ -257,6 +257,7 @@ def test_verdicts():
         ({"batch_size": True}, "batch_size=True"),
         ({"batch_size": "2"}, "batch_size='2'"),
         ({"image_size": True}, "image_size=True"),
+        ({"image_size": 10_000_000}, "image_size=10000000: .* at most 65536"),
         ({"image_size": "64"}, "image_size='64': expected a multiple of 8"),
         ({"image_size": (64, float("nan"))}, "image_size=.*multiple of 8"),
         ({"recipe": "no.json"}, "no.json: no recipe can be read"),

@@ -18,13 +18,11 @@ from sdkit.validation import ValidationError
 
 ATTENTIONS = ("sdpa", "sliced", "diffusers-sliced", "plain")
 DEVICE_TYPES = ("mps", "cuda", "cpu")
+LARGEST_SIDE = 2**16  # pixels; beyond it torch cannot count what attention would take
 # Values that an optimiser keeps for each weight that it trains.
 STATES = {"adamw": 2, "adam": 2, "lion": 1, "sgd": 0}
-TRAINING_FIELDS = (
-    "rank",
-    "gradient_checkpointing",
-    "target_modules",
-)  # the optimiser may be left out
+# The optimiser may be left out.
+TRAINING_FIELDS = ("rank", "gradient_checkpointing", "target_modules")
 
 
 @dataclass(frozen=True)
@@ -164,10 +162,12 @@ def read_size(image_size, components):
             )
         return tuple(side * scale for side in own) if unet else own
     sides = image_size if isinstance(image_size, (tuple, list)) else (image_size, image_size)
-    if len(sides) != 2 or not all(_is_count(side) and side % scale == 0 for side in sides):
+    if len(sides) != 2 or not all(
+        _is_count(side) and side % scale == 0 and side <= LARGEST_SIDE for side in sides
+    ):
         raise ValidationError(
-            f"image_size={image_size!r}: expected a multiple of {scale} pixels, or two (height, "
-            "width)."
+            f"image_size={image_size!r}: expected a multiple of {scale} pixels, at most "
+            f"{LARGEST_SIDE}, or two (height, width)."
         )
     return tuple(map(int, sides))
 
