@@ -68,14 +68,12 @@ def is_native(rule: Rule, half, args, kwargs) -> bool:
     """Whether torch's own kernel is what the emulation promises: one rounding, or bfloat16's."""
     if half is torch.bfloat16:
         return rule.work_dtype is torch.float64
-    return (
-        rule.innocuous
-        and not kwargs
-        and all(
-            value.dtype is half if isinstance(value, torch.Tensor) else is_float16(value)
-            for value in args
-        )
-    )  # with alpha= it would be two operations
+    if not rule.innocuous or kwargs:  # with alpha= it would be two operations
+        return False
+    return all(
+        value.dtype is half if isinstance(value, torch.Tensor) else is_float16(value)
+        for value in args
+    )
 
 
 @lru_cache(maxsize=1024)

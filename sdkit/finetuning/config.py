@@ -65,7 +65,7 @@ class LoRAConfig:
         velocity_weight: The most that the loss of a noisy sample may weigh where an error of noise
             is counted as the error of velocity that it makes (1 / alphas_cumprod larger; Salimans
             and Ho 2022). There the ground of a picture is decided, and the loss of noise hardly
-            tells. 1 leaves all alike, 5 makes a background learn in a third of the steps.
+            tells. 1 leaves all alike.
         noise_offset: How far the noise of a channel is moved as a whole. The schedule of Stable
             Diffusion never reaches pure noise, which is why pure white is hard for it (Lin et al.
             2023); 0.05 to 0.1 loosens that.

@@ -126,9 +126,8 @@ def add_lora(unet, training):
     unet.requires_grad_(False)
     modules = training.target_modules
     modules = modules if isinstance(modules, str) else list(modules)  # peft's: a regular expression
-    with (
-        unet.device
-    ):  # beside an adapter that is there already peft would leave a new one on the CPU
+    # Beside an adapter that is there already peft would leave a new one on the CPU.
+    with unet.device:
         unet.add_adapter(LoraConfig(r=training.rank, target_modules=modules), "predicted")
     trained = [parameter for parameter in unet.parameters() if parameter.requires_grad]
     for parameter in trained:

@@ -40,19 +40,21 @@ def check_weights(model, streams: Streams):
                 f"{name}: {path} holds NaN or Inf, expected finite weights. Load the model again."
             )
     for layer in streams.layers:
-        module = model.get_submodule(layer.path)
-        if type(module) not in (torch.nn.Linear, torch.nn.Conv2d):
-            raise ValidationError(
-                f"{name}: {layer.path} is a {type(module).__name__}, expected Linear or Conv2d in "
-                'float32. Load the model unquantised, with dtype="float32".'
-            )
+        _check_kind(
+            name, model, layer.path, (torch.nn.Linear, torch.nn.Conv2d),
+            'Linear or Conv2d in float32. Load the model unquantised, with dtype="float32".',
+        )  # fmt: skip
     for norm in streams.norms:
-        module = model.get_submodule(norm.path)
-        if type(module) not in (torch.nn.GroupNorm, torch.nn.LayerNorm):
-            raise ValidationError(
-                f"{name}: {norm.path} is a {type(module).__name__}, expected GroupNorm or "
-                "LayerNorm, which divide by what their input was multiplied with."
-            )
+        _check_kind(
+            name, model, norm.path, (torch.nn.GroupNorm, torch.nn.LayerNorm),
+            "GroupNorm or LayerNorm, which divide by what their input was multiplied with.",
+        )  # fmt: skip
+
+
+def _check_kind(name, model, path, kinds, expected):
+    kind = type(model.get_submodule(path))
+    if kind not in kinds:
+        raise ValidationError(f"{name}: {path} is a {kind.__name__}, expected {expected}")
 
 
 def check_overflow(model, streams: Streams, exponents):
