@@ -45,6 +45,12 @@ def test_a_nan_of_the_forward():
     assert (diagnosis.evidence["pass"], diagnosis.cause) == ("forward", "invalid-arithmetic")
 
 
+def test_an_inf_of_the_forward_is_not_put_down_to_the_backward():
+    diagnosis = diagnose_block(Block(torch.tanh), scale=1e30)
+    assert (diagnosis.evidence["pass"], diagnosis.cause) == ("forward", "range-overflow")
+    assert diagnosis.op.startswith("aten.pow")
+
+
 def test_float16_gradients_that_overflow():
     with float16_arithmetic():
         block = Block(torch.tanh)

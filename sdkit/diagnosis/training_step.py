@@ -23,18 +23,19 @@ def diagnose_training_step(measure_loss, modules) -> Diagnosis:
     """
     parameters = [p for module in modules.values() for p in module.parameters()]
     kept = [parameter.grad for parameter in parameters]
-    progress = {"pass": "forward"}
 
     def step():
         loss = measure_loss()
-        progress["pass"] = "backward"
         loss.backward()
         return [loss, *(p.grad for p in parameters if p.grad is not None)]
 
     try:
         for parameter in parameters:
             parameter.grad = None
-        bad = find_first_bad_op(step, modules)
+        # Each by itself: an Inf of the forward may be found out only when the backward is over.
+        name, bad = "forward", find_first_bad_op(measure_loss, modules)
+        if bad is None:
+            name, bad = "backward", find_first_bad_op(step, modules)
     finally:
         for parameter, gradient in zip(parameters, kept, strict=True):
             parameter.grad = gradient
@@ -48,7 +49,7 @@ def diagnose_training_step(measure_loss, modules) -> Diagnosis:
         module=module or None,
         op=bad.op,
         cause=cause.name,
-        evidence={**progress, **cause.evidence},
+        evidence={"pass": name, **cause.evidence},
         remedy=cause.remedy,
         bad_op=bad,
         emulated=find_emulation(),
