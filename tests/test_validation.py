@@ -15,6 +15,7 @@ from sdkit.validation import (
     check_finite,
     check_image,
     check_image_file,
+    check_is_writable,
     judge_image,
     judge_image_file,
     validate_image_array,
@@ -321,3 +322,20 @@ def test_a_file_of_the_most_pixels_is_unpacked_and_none_of_more(tmp_path, monkey
     assert judge_image_file(path).valid
     monkeypatch.setattr(verdict_module, "MAXIMUM_PIXELS", 16 * 24 - 1)
     assert judge_image_file(path).problem == "too-large"
+
+
+@pytest.mark.parametrize(
+    "shape",
+    [(8,), (8, 8, 2), (8, 8, 5), (8, 8, 0), (0, 8, 3), (0, 8, 8, 3), (2, 8, 8, 2), (1, 2, 8, 8, 3)],
+)
+def test_what_has_no_image_s_shape_is_refused(shape):
+    assert judge_image(np.ones(shape, np.float32)).problem == "wrong-shape"
+
+
+def test_a_folder_is_made_and_left_empty_or_refused_by_name(tmp_path):
+    folder = tmp_path / "new" / "newer"
+    for _ in range(2):
+        assert check_is_writable(str(folder)) == folder and list(folder.iterdir()) == []
+    (folder / "file").touch()
+    with pytest.raises(ValidationError, match="file/below: cannot be written to .*directory"):
+        check_is_writable(folder / "file" / "below")

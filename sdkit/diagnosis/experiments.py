@@ -95,7 +95,7 @@ def run_in_float64(call: OpCall, dtype=torch.float64) -> tuple[torch.Tensor, ...
         if ATTENTION in str(overload):
             return (attend(wide), *call.output[1:])
         return tuple(find_tensors(call_by_name(overload, wide)))
-    except (NotImplementedError, RuntimeError, TypeError):  # no such kernel on the CPU in float64
+    except (NotImplementedError, RuntimeError, TypeError, ValueError):  # not for float64 on the CPU
         return None
 
 
