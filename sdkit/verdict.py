@@ -187,7 +187,7 @@ def _judge_pixels(array):
         message = f"valid, range [{found['minimum']:.4g}, {found['maximum']:.4g}]"
         return ImageVerdict(valid=True, problem=None, message=message, **found)
     colour = pixels[0].tolist()
-    if max(colour[:3]) == 0:
+    if max(colour) == 0:
         return _bad(
             "all-black",
             f"all {total // array.shape[2]} pixels are black (0 in 8 bits); expected a picture: "

@@ -126,6 +126,14 @@ def test_what_alpha_hides_does_not_count():
     hidden[..., :3] = np.random.default_rng(0).integers(0, 255, (16, 16, 3))
     hidden[..., 3] = 0
     assert judge_image(hidden).problem == "transparent"
+    hidden[..., 3] = 1
+    assert judge_image(hidden).valid
+    hidden[0, 0] = 9, 9, 9, 200
+    hidden[1:, :, 3] = hidden[0, 1:, 3] = 0
+    assert judge_image(hidden).problem == "flat"  # one pixel is seen, and has one colour
+    glass = np.full((16, 16, 4), 200, np.uint8)
+    glass[:8, :, 3] = 100
+    assert judge_image(glass).problem == "flat"
 
 
 @pytest.mark.parametrize(
@@ -133,6 +141,10 @@ def test_what_alpha_hides_does_not_count():
 )
 def test_judging_never_raises(odd):
     assert not judge_image(odd).valid
+
+
+def test_why_pixels_cannot_be_read_is_told():
+    assert "meta" in judge_image(torch.empty(3, 8, 8, device="meta")).message
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
@@ -149,7 +161,9 @@ def test_check_finite_counts_and_names(dtype):
 
 
 def test_check_finite_takes_whatever_has_numbers():
-    for values in [torch.arange(3), torch.empty(0), np.arange(3), torch.ones(2, dtype=torch.bool)]:
+    large = torch.tensor(1e300, dtype=torch.float64)
+    whole = [torch.arange(3), torch.ones(2, dtype=torch.bool), torch.ones(2, dtype=torch.int8)]
+    for values in [*whole, np.arange(3), torch.empty(0), large, large.numpy()]:
         assert check_finite(values, "x") is values
     float8 = torch.tensor([1, float("nan")]).to(torch.float8_e4m3fn)
     for values in [np.array([np.inf]), float8, torch.tensor(complex(0, float("inf")))]:
@@ -278,6 +292,15 @@ def test_half_a_step_of_8_bits_beyond_the_range_is_rounding(low, high):
     assert (verdict.valid, verdict.minimum, verdict.maximum) == (True, low, high)
 
 
+@pytest.mark.parametrize(
+    ("end", "beyond", "problem"), [(0, -HALF_A_STEP, "all-black"), (1, 1 + HALF_A_STEP, "flat")]
+)
+def test_what_rounds_to_an_end_of_the_range_is_black_or_white(end, beyond, problem):
+    image = np.full((4, 6, 3), end, np.float64)
+    image[0, 0] = beyond
+    assert judge_image(image).problem == problem
+
+
 @pytest.mark.parametrize("value", [-HALF_A_STEP * 1.002, 1 + HALF_A_STEP * 1.002])
 def test_more_than_that_is_out_of_range_and_counted(value):
     image = GOOD.astype(np.float64)
@@ -304,8 +327,20 @@ def test_a_picture_in_blue_alone_is_one_with_alpha_too():
     assert judge_image(Image.fromarray(image)).valid
 
 
+@pytest.mark.parametrize("axis", [0, 1])
+def test_stripes_are_a_picture(axis):
+    stripes = np.repeat(np.indices((6, 6))[axis][:, :, None] % 2, 3, axis=2)
+    assert judge_image(stripes.astype(np.float32)).valid
+
+
+def test_the_one_colour_is_told_as_in_8_bits():
+    assert "(255, 255, 255)" in judge_image(np.ones((4, 6, 3), np.float32)).message
+    assert "(51, 0, 0)" in judge_image(np.full((4, 6, 3), (0.2, 0, 0))).message
+
+
 def test_two_pixels_a_side_are_enough():
     assert judge_image(GOOD[:2, :2]).valid
+    assert judge_image(GOOD[:1]).problem == judge_image(GOOD[:, :1]).problem == "too-small"
     assert judge_image(Image.fromarray(np.uint8(GOOD[:2, :2] * 255))).valid
 
 
