@@ -13,9 +13,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import nbformat
-import papermill
 from papermill.exceptions import PapermillExecutionError
 
+from sdkit.batch.execution import describe_death, is_kernel_death, run_papermill
 from sdkit.batch.kernels import close_zygote, make_manager_class, warm_zygote
 from sdkit.batch.plan import find_packages
 from sdkit.batch.scheduling import MOST_JOBS, count_cores
@@ -51,32 +51,33 @@ class NotebookRun:
         return told and all(verdict["as_expected"] for verdict in self.verdicts)
 
 
-def find_notebooks(folders=NOTEBOOKS_FOLDERS) -> list[Path]:
-    """The numbered notebooks of the first folder that has some, in order.
+def find_notebooks() -> list[Path]:
+    """The numbered notebooks of the first of our folders that has some, in order.
 
     Raises:
         ValidationError: There are none.
     """
-    for folder in folders:
+    for folder in NOTEBOOKS_FOLDERS:
         if notebooks := sorted(folder.glob("[0-9][0-9]_*.ipynb")):
             return notebooks
+    searched = ", ".join(map(str, NOTEBOOKS_FOLDERS))
     raise ValidationError(
-        f"{', '.join(map(str, folders))}: found no notebook NN_*.ipynb, expected sdkit's own. "
+        f"{searched}: found no notebook NN_*.ipynb, expected sdkit's own. "
         "Install sdkit again, from a clone or a wheel."
     )
 
 
 def run_demo(
-    output_folder: Path, *, parameters: dict | None = None, notebooks=None, jobs: int | None = None
+    output_folder: Path, *, parameters: dict | None = None, notebooks=None
 ) -> list[NotebookRun]:
     """Runs every notebook, keeps it executed as ipynb and HTML, and writes `index.html`.
+
+    One a core at a time, at most 4; one at a time where they share a device (MPS, CUDA).
 
     Args:
         output_folder: For the executed notebooks and, in a folder each, what they write.
         parameters: For all notebooks, such as {"num_inference_steps": 10}.
         notebooks: Paths; by default the numbered notebooks of the repository.
-        jobs: Notebooks at a time; by default one a core, at most 4, and one where a device (MPS,
-            CUDA) is shared.
 
     Returns:
         One NotebookRun each, in order; a failed notebook does not stop the others.
@@ -86,7 +87,7 @@ def run_demo(
     notebooks = notebooks or find_notebooks()
     parameters = parameters or {}
     has_device = choose_device(parameters.get("backend", "auto"))[0].type != "cpu"
-    jobs = jobs or (1 if has_device else min(count_cores(), MOST_JOBS, len(notebooks)))
+    jobs = 1 if has_device else min(count_cores(), MOST_JOBS, len(notebooks))
     packages = {
         name for path in notebooks for name in find_packages(nbformat.read(path, as_version=4))
     }
@@ -112,8 +113,15 @@ def run_demo(
     return runs
 
 
-def run_notebook(path: Path, output_folder: Path, parameters: dict, position=0) -> NotebookRun:
-    """Executes one notebook; it is named `<name>.ipynb` only if it ran through."""
+def run_notebook(path: Path, output_folder: Path, parameters: dict, position) -> NotebookRun:
+    """Executes one notebook; it is named `<name>.ipynb` only if it ran through.
+
+    Args:
+        path: The notebook.
+        output_folder: For it, and in a folder of its name for what it writes.
+        parameters: For it, without its `output_folder`.
+        position: Line of its progress bar.
+    """
     name, started = path.stem, time.perf_counter()
     partial, executed = output_folder / f".{name}.part.ipynb", output_folder / f"{name}.ipynb"
     failed, log = output_folder / f"{name}.failed.ipynb", output_folder / f"{name}.failed.log"
@@ -140,18 +148,13 @@ def execute(path, executed, parameters, log, bar) -> str | None:
     zygote.wait_until_ready()
     manager_class, processes = make_manager_class(zygote, log)
     try:
-        papermill.execute_notebook(
-            path, executed, parameters=parameters, progress_bar=bar,
-            kernel_manager_class=manager_class,
-            # Not cwd=: that would move this whole process, and other notebooks are in its threads.
-            resources={"metadata": {"path": str(path.parent)}},
-        )  # fmt: skip
+        run_papermill(path, executed, parameters, manager_class, path.parent, progress_bar=bar)
     except PapermillExecutionError as failure:
         return f"cell {failure.exec_count}: {failure.ename}: {failure.evalue}"
-    except Exception:  # nbclient says in many ways that its kernel is gone
-        if zygote.is_closed or not processes or processes[-1].poll() is None:
+    except Exception as error:  # nbclient says in many ways that its kernel is gone
+        if zygote.is_closed or not is_kernel_death(error, processes):
             raise
-        return "the kernel died, as it does when memory runs out"
+        return describe_death(processes[-1].wait())
     return None
 
 

@@ -1,5 +1,6 @@
 """Files and folders that appear whole: a run that fails leaves nothing that looks done."""
 
+import errno
 import json
 import os
 import shutil
@@ -9,6 +10,9 @@ from pathlib import Path
 PARTIAL_ENDING = ".partial"
 VERDICTS_NAME = "verdicts.json"
 METRICS_NAME = "metrics.json"
+DISK_ERRORS = (  # what a disk says that takes no more
+    errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO,
+)  # fmt: skip
 
 
 @contextmanager

@@ -8,7 +8,7 @@ An attempt has a name that no other has, so that even a kernel that nobody could
 nobody looks.
 """
 
-import errno
+import contextlib
 import json
 import logging
 import os
@@ -28,6 +28,7 @@ from sdkit.batch.kernels import make_manager_class, warm_zygote
 from sdkit.batch.lock import is_held
 from sdkit.batch.parameters import OUTPUT_NAME
 from sdkit.batch.reading import save_reading
+from sdkit.run_folder import DISK_ERRORS
 
 DONE, FAILED, DIED, TIMEOUT = "done", "failed", "kernel-died", "timeout"
 STATUSES = (DONE, FAILED, DIED, TIMEOUT)
@@ -39,7 +40,6 @@ RECORD = {  # of a run, with the types that JSON gives back
 RUN_NAME, NOTEBOOK_NAME, PAGE_NAME = "run.json", "notebook.ipynb", "notebook.html"
 LOG_NAME = "kernel.log"
 RUNS, FAILURES, ATTEMPTS = "runs", "failed", "attempts"
-UNWRITABLE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO, errno.EACCES)
 WATCH_SECONDS = 0.25
 ERROR_LETTERS = 2000  # of a message, in the table; all of it is in the executed notebook
 START_SECONDS = 120  # for a kernel to answer, on a machine that is busy
@@ -108,9 +108,13 @@ def execute_run(task):
 
 
 def save_missing_page(folder):
-    """Writes the executed notebook of a run as a page, where there is one and no page yet."""
+    """Writes the executed notebook of a run as a page, where there is one and no page yet.
+
+    One that was damaged since has none: a run counts by its record.
+    """
     if (folder / NOTEBOOK_NAME).is_file() and not (folder / PAGE_NAME).is_file():
-        save_reading(folder / NOTEBOOK_NAME, folder / PAGE_NAME)
+        with contextlib.suppress(ValueError, nbformat.ValidationError):
+            save_reading(folder / NOTEBOOK_NAME, folder / PAGE_NAME)
 
 
 def read_run(folder):
@@ -137,19 +141,8 @@ def _attempt(task, attempt):
     path, started, happened = attempt / NOTEBOOK_NAME, time.perf_counter(), {"status": DONE}
     with _Watch(task, processes) as watch:
         try:
-            executed = papermill.execute_notebook(
-                nbformat.reads(task.notebook_json, as_version=4),
-                str(path).replace("{", "{{").replace("}", "}}"),  # papermill formats it
-                parameters=values,
-                progress_bar=False,
-                # Whatever kernel a notebook names or leaves out: it runs in this Python.
-                kernel_name="python3",
-                language="python",
-                kernel_manager_class=manager_class,
-                # Not cwd=: that would move this whole process, and other runs are in its threads.
-                resources={"metadata": {"path": task.notebook_folder}},
-                start_timeout=START_SECONDS,
-            )
+            path.write_text(task.notebook_json, encoding="utf-8")
+            executed = run_papermill(path, path, values, manager_class, task.notebook_folder)
             happened |= _find_early_end(executed.cells, task, values)
         except PapermillExecutionError as error:
             happened = {
@@ -158,11 +151,16 @@ def _attempt(task, attempt):
                 **_describe_cell(error.cell_index, error.source, task, values),
             }
         except Exception as error:  # nbclient says in many ways that its kernel is gone
-            is_alive = not processes or (watch.stopped is None and processes[-1].poll() is None)
-            if is_alive or getattr(error, "errno", None) in UNWRITABLE:
-                raise  # not the kernel: a full disk, after which papermill ends it; a fault of ours
+            if watch.stopped and processes:
+                processes[-1].wait()  # it is being killed
+            if not is_kernel_death(error, processes):
+                raise
+            is_late = watch.stopped == TIMEOUT
             happened = {
-                **_describe_death(processes[-1].wait(), watch.stopped, task),
+                "status": TIMEOUT if is_late else DIED,
+                "error": f"stopped after {task.timeout_seconds:g} s, the limit"
+                if is_late
+                else describe_death(processes[-1].wait()),
                 **_find_running_cell(path, task, values),
             }
     seconds = time.perf_counter() - started
@@ -183,7 +181,7 @@ class _Watch:
     """Context manager: a thread that ends the kernel when its time is up or the sweep is gone.
 
     Attributes:
-        stopped: "timeout" or "gone" if it did, else None.
+        stopped: TIMEOUT or "gone" if it did, else None.
     """
 
     def __init__(self, task, processes):
@@ -204,12 +202,51 @@ class _Watch:
         started = time.monotonic()
         while not self._over.wait(WATCH_SECONDS):
             if limit and time.monotonic() - started > limit:
-                self.stopped = "timeout"
+                self.stopped = TIMEOUT
             elif not is_held(self._task.folder, self._task.token):
                 self.stopped = "gone"
             if self.stopped and self._processes:
                 self._processes[-1].kill()
                 return
+
+
+def run_papermill(notebook, executed, parameters, manager_class, folder, *, progress_bar=False):
+    """Executes a notebook on a kernel of ours, and saves it after each cell.
+
+    Args:
+        notebook: Its path.
+        executed: Where to save it; may be the same.
+        parameters: {name: value}.
+        manager_class: Of `make_manager_class`.
+        folder: Where the kernel works.
+        progress_bar: False, or what tqdm takes.
+
+    Returns:
+        The executed notebook, of nbformat.
+    """
+    # papermill formats its paths as Python does.
+    paths = [str(path).replace("{", "{{").replace("}", "}}") for path in (notebook, executed)]
+    return papermill.execute_notebook(
+        *paths,
+        parameters=parameters,
+        progress_bar=progress_bar,
+        # Whatever kernel a notebook names or leaves out: it runs in this Python.
+        kernel_name="python3",
+        language="python",
+        kernel_manager_class=manager_class,
+        # Not cwd=: that would move this whole process, and other runs are in its threads.
+        resources={"metadata": {"path": str(folder)}},
+        start_timeout=START_SECONDS,
+    )
+
+
+def is_kernel_death(error, processes) -> bool:
+    """Whether an error of `run_papermill` means that the kernel has ended, and nothing else.
+
+    After a full disk papermill ends the kernel too.
+    """
+    is_dead = bool(processes) and processes[-1].poll() is not None
+    return is_dead and getattr(error, "errno", None) not in DISK_ERRORS
 
 
 def _find_usage(process):
@@ -218,16 +255,13 @@ def _find_usage(process):
     return getattr(process, "used", {})
 
 
-def _describe_death(exit_code, stopped, task):
-    if stopped:
-        message = f"stopped after {task.timeout_seconds:g} s, the limit"
-    elif exit_code == -signal.SIGKILL:
-        message = "the kernel was killed from outside, as the system does when memory runs out"
-    elif exit_code < 0:
-        message = f"the kernel crashed ({signal.Signals(-exit_code).name})"
-    else:
-        message = f"the kernel ended by itself (exit code {exit_code})"
-    return {"status": TIMEOUT if stopped else DIED, "error": message}
+def describe_death(exit_code) -> str:
+    """How a kernel ended, in a few words."""
+    if exit_code == -signal.SIGKILL:
+        return "the kernel was killed from outside, as the system does when memory runs out"
+    if exit_code < 0:
+        return f"the kernel crashed ({signal.Signals(-exit_code).name})"
+    return f"the kernel ended by itself (exit code {exit_code})"
 
 
 def _find_running_cell(path, task, values):

@@ -10,7 +10,6 @@ damaged: that is an error, never a reason to start afresh.
 """
 
 import contextlib
-import errno
 import hashlib
 import io
 import json
@@ -20,6 +19,7 @@ from pathlib import Path
 
 import torch
 
+from sdkit.run_folder import DISK_ERRORS
 from sdkit.validation import ValidationError
 
 FOLDER_NAME = "checkpoints"
@@ -27,10 +27,6 @@ ADAPTER_FILE = "pytorch_lora_weights.safetensors"
 OPTIMIZER_FILE = "optimizer.pt"
 RECORD_FILE = "checkpoint.json"
 PARTIAL_ENDING = ".partial"
-DISK_ERRORS = {
-    getattr(errno, name, None)
-    for name in ("ENOSPC", "EDQUOT", "EFBIG", "EROFS", "EACCES", "EPERM", "EIO")
-}
 
 
 @contextlib.contextmanager
