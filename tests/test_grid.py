@@ -68,6 +68,24 @@ def test_excluded_combinations_are_left_out():
 def test_true_is_not_one():
     assert len(expand({"grid": {"a": [True, 1]}})) == 2
     assert [run["a"] for run in expand({"grid": {"a": [True, 1]}, "exclude": [{"a": 1}]})] == [True]
+    nested = {"grid": {"a": [[True], [1], {"b": 1}, {"b": True}]}}
+    assert len(expand(nested)) == 4
+    assert len(expand(nested | {"exclude": [{"a": [1]}]})) == 3
+    with pytest.raises(ValidationError, match="is there twice"):
+        expand({"grid": {"a": [[1, {"b": 2}], [1.0, {"b": 2}]]}})
+
+
+def test_nan_is_itself():
+    nan = float("nan")
+    assert expand({"grid": {"a": [1, nan]}, "exclude": [{"a": nan}]}) == [{"a": 1}]
+    with pytest.raises(ValidationError, match="a = nan is there twice"):
+        expand({"grid": {"a": [nan, float("nan")]}})
+
+
+def test_a_long_range_is_refused_at_once():
+    """Each value compared with each would take an hour."""
+    with pytest.raises(ValidationError, match="50000 runs, expected at most 500"):
+        expand({"grid": {"a": {"from": 1, "to": 50_000, "step": 1}}})
 
 
 def test_plain_values_are_those_of_yaml_1_2(tmp_path):

@@ -85,6 +85,12 @@ def test_wrong_names_types_and_what_a_loader_refuses(notebook, name, value, mess
     assert message in str(refused.value)
 
 
+def test_an_annotation_in_words_takes_all(tmp_path):
+    path = write_notebook(tmp_path / "n.ipynb", "x: 'a share, in [0, 1]' = 0.5\ny: '' = 1", "1")
+    (run,) = plan_of(path, x="all", y=2).runs
+    assert run.values == {"x": "all", "y": 2}
+
+
 TRAINING = """
 rank: int = 8
 learning_rate: float = 1e-4

@@ -18,12 +18,10 @@ A grid is YAML with these keys, each of which may be missing:
 import itertools
 import math
 import os
-import re
 from dataclasses import dataclass, field
 from pathlib import Path
 
-import yaml
-
+from sdkit.batch.grid_file import parse_grid
 from sdkit.validation import ValidationError
 
 KEYS = ("fixed", "grid", "zip", "exclude", "max_runs")
@@ -108,7 +106,7 @@ def read_grid(source):
         text = path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise ValidationError(f"{path}: cannot be read as a grid ({error}).") from error
-    content, lines = _parse(text, path.name)
+    content, lines = parse_grid(text, path.name)
     return _build_grid(content, path.name, lines)
 
 
@@ -132,70 +130,6 @@ def find_grid(source):
         return path
     names = ", ".join(sorted(found.stem for found in BUNDLED.glob("*.yaml")))
     raise ValidationError(f"{source}: no such file. Expected a grid in YAML, or one of {names}.")
-
-
-class _Loader(yaml.SafeLoader):
-    """YAML 1.2's plain values: 1e-4 is a number, on and no are words, 2026-01-01 is a word."""
-
-    yaml_implicit_resolvers = {}
-
-
-for _tag, _pattern, _first in (
-    ("null", r"~|null|Null|NULL|", ["~", "n", "N", ""]),
-    ("bool", r"true|True|TRUE|false|False|FALSE", list("tTfF")),
-    ("int", r"[-+]?[0-9]+", list("-+0123456789")),
-    (
-        "float",
-        r"[-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?)([eE][-+]?[0-9]+)?|[-+]?\.(inf|Inf|INF)|\.(nan|NaN|NAN)",
-        list("-+0123456789."),
-    ),
-    ("merge", r"<<", ["<"]),
-):
-    _Loader.add_implicit_resolver(
-        f"tag:yaml.org,2002:{_tag}", re.compile(rf"^(?:{_pattern})$"), _first
-    )
-# SafeLoader reads 010 as eight and 1:30 as ninety; YAML 1.2 does not.
-_Loader.add_constructor("tag:yaml.org,2002:int", lambda _, node: int(node.value))
-_Loader.add_constructor(
-    "tag:yaml.org,2002:float",
-    lambda _, node: float(node.value.lower().replace(".inf", "inf").replace(".nan", "nan")),
-)
-
-
-def _parse(text, name):
-    """Returns the content, and at which line each key stands; a key that is there twice is refused.
-
-    YAML itself would take the last of two without a word.
-    """
-    try:
-        root = yaml.compose(text, _Loader)
-        lines = _find_lines(root, name)
-        return yaml.load(text, _Loader), lines
-    except yaml.YAMLError as error:
-        mark = getattr(error, "problem_mark", None)
-        line = f", line {mark.line + 1}" if mark else ""
-        problem = getattr(error, "problem", None) or str(error).splitlines()[0]
-        raise ValidationError(f"{name}{line}: not valid YAML ({problem}).") from error
-
-
-def _find_lines(node, name, above=()):
-    lines = {}
-    if any(node is outer for outer in above):
-        line = node.start_mark.line + 1
-        raise ValidationError(f"{name}, line {line}: an anchor (&) that contains itself (*).")
-    above = (*above, node)
-    if isinstance(node, yaml.SequenceNode):
-        for item in node.value:
-            lines.update(_find_lines(item, name, above))
-    elif isinstance(node, yaml.MappingNode):
-        keys = [key.value for key, _ in node.value]
-        for key, value in node.value:
-            line = key.start_mark.line + 1
-            if isinstance(key.value, str) and keys.count(key.value) > 1:
-                raise ValidationError(f"{name}, line {line}: {key.value} is there twice.")
-            below = _find_lines(value, name, above)
-            lines = {**below, **lines, key.value: line} if isinstance(key.value, str) else lines
-    return lines
 
 
 def _build_grid(content, name, lines):
@@ -277,10 +211,12 @@ def _zip_group(group, grid):
 
 def _check_differ(choices, grid):
     """Returns the choices of an axis; of a zipped one only the whole may not be there twice."""
-    for i, choice in enumerate(choices):
-        if any(_matches(choice, other) for other in choices[:i]):
+    seen = set()
+    for choice in choices:
+        if _key_of(choice) in seen:
             told = ", ".join(f"{name} = {value!r:.80}" for name, value in choice.items())
             raise ValidationError(f"{grid.where(next(iter(choice)))}: {told} is there twice.")
+        seen.add(_key_of(choice))
     return tuple(choices)
 
 
@@ -346,9 +282,18 @@ def _read_range(value, name, grid):
 
 
 def _matches(run, excluded):
-    return all(_are_equal(run[name], value) for name, value in excluded.items())
+    return all(_key_of(run[name]) == _key_of(value) for name, value in excluded.items())
 
 
-def _are_equal(a, b):
-    """As ==, but true is not 1: they are different runs."""
-    return a == b and isinstance(a, bool) == isinstance(b, bool)
+def _key_of(value):
+    """What tells a value from others: 1 is 1.0, but not true, in lists and maps too.
+
+    NaN is itself here, or it could be neither excluded nor found twice.
+    """
+    if isinstance(value, dict):
+        return frozenset((name, _key_of(item)) for name, item in value.items())
+    if isinstance(value, list):
+        return tuple(map(_key_of, value))
+    if isinstance(value, int | float) and not isinstance(value, bool) and value == value:
+        return value
+    return type(value), repr(value)

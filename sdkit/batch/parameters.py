@@ -126,7 +126,7 @@ def check_run_values(values, parameters, grid):
             )
         parameter = parameters[name]
         annotation = parameter.annotation or _name_type(parameter.default)
-        tree = ast.parse(annotation, mode="eval").body if annotation else None
+        tree = _parse_annotation(annotation)
         if tree is not None and not _fits(value, tree):
             raise ValidationError(
                 f"{grid.where(name)}: {name} is {value!r} ({type(value).__name__}), expected "
@@ -230,6 +230,13 @@ def _name_type(default):
     if default is MISSING or default is None:
         return None
     return next((name for name, kind in TYPES.items() if type(default) is kind), None)
+
+
+def _parse_annotation(annotation):
+    """The tree of an annotation; None where there is none, or where it is words and no Python."""
+    with contextlib.suppress(SyntaxError):
+        return ast.parse(annotation or "", mode="eval").body
+    return None
 
 
 def _fits(value, tree, *, widen=True):
