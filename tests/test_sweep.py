@@ -185,6 +185,22 @@ def test_nothing_leaks_from_one_run_to_the_next(tmp_path):
     assert ill["metric: random"] != healthy["metric: random"]
 
 
+def test_the_cores_are_shared_among_the_runs_that_there_are(tmp_path, monkeypatch):
+    monkeypatch.setattr("sdkit.batch.sweep.count_cores", lambda: 4)
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    notebook = write_notebook(
+        tmp_path / "n.ipynb",
+        'x: int = 1\noutput_folder: str = ""',
+        "import json, os, pathlib\npathlib.Path(output_folder).mkdir()\n"
+        "told = {'threads': int(os.environ['OMP_NUM_THREADS'])}\n"
+        "(pathlib.Path(output_folder) / 'metrics.json').write_text(json.dumps(told))",
+    )
+    for values, threads in (([1], 4), ([1, 2], 2)):
+        out = tmp_path / str(len(values))
+        table = run_sweep(notebook, {"grid": {"x": values}}, output=out, progress=False)
+        assert list(table["metric: threads"]) == [threads] * len(values), list(table["error"])
+
+
 def test_figures_are_shown_and_notebooks_run_in_their_folder(tmp_path):
     notebook = write_notebook(
         tmp_path / "n.ipynb",
@@ -290,13 +306,14 @@ def test_kernels_end_when_the_warm_parent_is_killed(tmp_path):
 
 def test_what_a_killed_warm_parent_left_is_taken_away(tmp_path):
     try:
-        first = warm_zygote(())
+        first = warm_zygote(("numpy",), 3)
         first.wait_until_ready()
         first._process.kill()
         first._process.wait()
         assert os.path.exists(first.folder)
         second = warm_zygote(())
         assert second is not first and not os.path.exists(first.folder) and not first.is_closed
+        assert (second.packages, second.threads) == (("numpy",), 3)
     finally:
         close_zygote()
     assert not os.path.exists(second.folder)
@@ -591,6 +608,10 @@ def test_what_is_damaged_is_told_and_made_again(tmp_path, marks):
     assert not again["good"][1:].any()  # a notebook's own results are not made again unasked
     run_sweep(notebook, grid, output=out, jobs=1, progress=False)
     assert (second / "notebook.html").is_file()
+    (second / "notebook.html").unlink()
+    (second / "notebook.ipynb").write_text('{"cells": [')  # damaged: no page can be made of it
+    again = run_sweep(notebook, grid, output=out, jobs=1, progress=False)
+    assert list(again["status"]) == ["done"] * 3 and not (second / "notebook.html").exists()
     assert run_sweep(notebook, grid, output=out, jobs=1, progress=False, force=True)["good"].all()
 
 

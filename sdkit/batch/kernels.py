@@ -24,12 +24,14 @@ _zygote, _zygote_lock = None, threading.Lock()
 def warm_zygote(packages, threads=None):
     """Returns this process's Zygote, started on the first call, and again where it was killed.
 
-    The first caller's arguments hold: a run that finds less warmed than it needs imports the rest.
+    The first caller's arguments hold, for the one that takes its place too: a run that finds less
+    warmed than it needs imports the rest.
     """
     global _zygote
     with _zygote_lock:
         if _zygote is not None and _zygote.is_lost():
             _zygote.clean_up()
+            packages, threads = _zygote.packages, _zygote.threads
             _zygote = None
         if _zygote is None:
             _zygote = Zygote(packages, threads=threads).__enter__()

@@ -18,7 +18,7 @@ from sdkit.batch.execution import (
     read_run,
     save_missing_page,
 )
-from sdkit.batch.grid import BUNDLED
+from sdkit.batch.grid import BUNDLED, read_grid
 from sdkit.batch.kernels import close_zygote, warm_zygote
 from sdkit.batch.lock import lock_folder
 from sdkit.batch.page import save_page
@@ -62,7 +62,7 @@ def run_sweep(
         output: Folder for runs, `results.csv`, `results.parquet`, `figure.png` and `index.html`;
             by default `runs/sweeps/<grid>`.
         jobs: Notebooks at a time; by default one a core, and at most 4. Each gets its share of the
-            cores. A device (MPS, CUDA) runs one at a time all the same.
+            cores: a grid of one run has all. A device (MPS, CUDA) runs one at a time all the same.
         scheduler: Address of a Dask scheduler, instead of one in this process.
         force: Run again what is done.
         retry: Further attempts for a run that fails.
@@ -77,25 +77,18 @@ def run_sweep(
             has been started then.
     """
     _check_numbers(jobs, retry, timeout)
-    jobs = jobs or min(count_cores(), MOST_JOBS)
     notebook = _find_notebook(notebook)
-    threads = max(1, count_cores() // jobs)
+    packages = find_packages(read_notebook(notebook))
+    jobs = min(jobs or min(count_cores(), MOST_JOBS), len(read_grid(grid).expand()))
     if scheduler is None:
-        warm_zygote(find_packages(read_notebook(notebook)), threads)  # while the plan is made
+        warm_zygote(packages, max(1, count_cores() // jobs))  # while the plan is made
     try:
         plan = make_plan(notebook, grid, here=scheduler is None)
         folder = check_is_writable(Path(output or choose_folder(grid, notebook)).resolve())
         with lock_folder(folder) as token:
             save_plan(plan, folder)
             _clear(folder, plan, force)
-            tasks = [
-                Task(
-                    run.run_id, run.values, plan.notebook_json, plan.notebook_folder,
-                    plan.takes_output, plan.packages, str(folder), token, timeout, retry,
-                )
-                for run in plan.runs
-                if not (folder / RUNS / run.run_id).is_dir()
-            ]  # fmt: skip
+            tasks = _list_tasks(plan, folder, token, timeout, retry)
             try:
                 if tasks:
                     _execute(tasks, plan, folder, token, scheduler, jobs, progress)
@@ -106,6 +99,18 @@ def run_sweep(
     finally:
         close_zygote()
     return table
+
+
+def _list_tasks(plan, folder, token, timeout, retry):
+    """A Task for each run that is not done."""
+    return [
+        Task(
+            run.run_id, run.values, plan.notebook_json, plan.notebook_folder, plan.takes_output,
+            plan.packages, str(folder), token, timeout, retry,
+        )
+        for run in plan.runs
+        if not (folder / RUNS / run.run_id).is_dir()
+    ]  # fmt: skip
 
 
 def _execute(tasks, plan, folder, token, scheduler, jobs, progress):
