@@ -225,6 +225,17 @@ def without_one(weights, metadata):
     return dict(sorted(weights.items())[1:]), metadata
 
 
+def without_a_layer(weights, metadata):
+    """Both halves of it: diffusers would leave that layer as the base has it."""
+    layer = "unet.mid_block.attentions.0.transformer_blocks.0.attn1.to_q."
+    return {k: v for k, v in weights.items() if not k.startswith(layer)}, metadata
+
+
+def with_a_nan(weights, metadata):
+    name = sorted(weights)[3]
+    return weights | {name: torch.full_like(weights[name], float("nan"))}, metadata
+
+
 def of_integers(weights, metadata):
     return {name: weight.to(torch.int8) for name, weight in weights.items()}, metadata
 
@@ -253,6 +264,8 @@ def of_xl(weights, metadata):
     [
         (without_b, "damaged, or made for something else"),
         (without_one, "has 63 weights of layers, and its layers in this pipeline 64"),
+        (without_a_layer, "no weights for 1 of the 32 layers .*such as unet.mid_block"),
+        (with_a_nan, "values are NaN"),
         (of_integers, "diffusers cannot load it"),
         (with_damaged_settings, "diffusers cannot load it"),
         (with_damaged_notes, "what it says of sdkit.config is damaged"),
@@ -292,6 +305,11 @@ def test_what_kohya_s_layout_cannot_be_made_of_or_written_to(tiny_pipe, tmp_path
         export_kohya(tmp_path / "none.safetensors", tmp_path / "kohya.safetensors")
     with pytest.raises(ValidationError, match="cannot be written to"):
         export_kohya(path, path / "kohya.safetensors")
+    weights, metadata = with_a_nan(*read_file(path))
+    safetensors.torch.save_file(weights, path, metadata)
+    with pytest.raises(ValidationError, match="values are NaN"):
+        export_kohya(path, tmp_path / "kohya.safetensors")
+    assert not (tmp_path / "kohya.safetensors").exists()
     path.write_bytes(path.read_bytes()[:-9])
     with pytest.raises(ValidationError, match="cannot be read"):
         export_kohya(path, tmp_path / "kohya.safetensors")

@@ -113,6 +113,23 @@ def test_the_command_draws_measures_and_tells_by_its_exit_code(
     assert (tmp_path / "o" / "before_after.png").is_file()
 
 
+def test_an_earlier_report_does_not_stand_beside_new_pictures(
+    tiny_pipe, make_adapter, tmp_path, monkeypatch
+):
+    path, out = make_adapter(), tmp_path / "out"
+    evaluate_lora(path, pipe=tiny_pipe, output_folder=out, **QUICK)
+
+    def interrupt(*args, **kwargs):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:  # while the first pictures are drawn
+        patched.setattr(tiny_pipe.vae, "decode", interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            evaluate_lora(path, pipe=tiny_pipe, output_folder=out, **QUICK)
+    assert not (out / REPORT_FILE).exists()
+    assert not getattr(tiny_pipe.unet, "peft_config", None)
+
+
 def test_the_base_is_drawn_without_the_adapter(tiny_pipe, make_adapter, tokenizer_folder):
     from sdkit import generate
 

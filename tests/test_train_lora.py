@@ -273,6 +273,24 @@ def test_early_stopping_keeps_the_best(tiny_pipe, data, tmp_path):
         assert torch.equal(value, final[name])
 
 
+def test_early_stopping_without_anything_held_out_is_refused(tiny_pipe, data, tmp_path):
+    for held_out in (None, dataclasses.replace(data[1], latent_mean=data[1].latent_mean * NAN)):
+        with pytest.raises(ValidationError, match="early_stopping_patience=2: there is nothing to"):
+            train(tiny_pipe, (data[0], held_out), tmp_path / "run", early_stopping_patience=2)
+        assert not (tmp_path / "run" / "config.yaml").exists()
+
+
+def test_early_stopping_where_no_look_was_finite_is_told(tiny_pipe, data, tmp_path):
+    """A held-out image overflows in the model from the first look on, so there is no best."""
+    report = train(
+        tiny_pipe, (data[0], spoil(data[1], 2, 1e25)), tmp_path / "run", validation_steps=3,
+        early_stopping_patience=2, max_rollbacks=0,
+    )  # fmt: skip
+    assert report.stopped.startswith("given up: not finite at the validation gate, after 0 returns")
+    assert report.dropped_steps[-1].images == ("image_002.png",)
+    assert report.adapter_path
+
+
 def test_validation_pictures_are_checked_and_leave_no_trace(tokenizer_folder, tmp_path):
     losses = {}
     for prompts in ((), ("a shoe", "a boot")):

@@ -74,7 +74,7 @@ def check_targets(pipe, config: LoRAConfig):
     """
     for name, modules in find_targets(config).items():
         layers = getattr(pipe, name).named_modules()
-        found = [layer for layer_name, layer in layers if _is_target(layer_name, modules)]
+        found = [layer for layer_name, layer in layers if is_target(layer_name, modules)]
         if not found:
             raise ValidationError(
                 f"{name}: has no layer named {', '.join(modules)}. Expected some; choose other "
@@ -144,7 +144,8 @@ def write_adapter(pipe, state: dict):
         set_peft_model_state_dict(component, given, adapter_name=ADAPTER_NAME)
 
 
-def _is_target(layer, modules):
+def is_target(layer, modules) -> bool:
+    """Whether a layer of this path has one of these name endings, as peft tells it."""
     return any(layer == ending or layer.endswith(f".{ending}") for ending in modules)
 
 

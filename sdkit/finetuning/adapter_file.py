@@ -10,10 +10,11 @@ from peft import get_peft_model_state_dict
 from safetensors import SafetensorError, safe_open
 
 from sdkit.device import describe_environment
-from sdkit.finetuning.adapter import ADAPTER_NAME, read_adapter
+from sdkit.finetuning.adapter import ADAPTER_NAME, find_targets, is_target, read_adapter
 from sdkit.finetuning.checkpoints import ADAPTER_FILE
+from sdkit.finetuning.config import LoRAConfig
 from sdkit.finetuning.gates import check_state
-from sdkit.validation import ValidationError
+from sdkit.validation import ValidationError, check_finite
 
 CAPTION_EXAMPLES = 5
 BASE_SAMPLES = 64
@@ -131,6 +132,20 @@ def read_raw_metadata(path) -> dict:
         ) from error
 
 
+def read_weights(path) -> dict:
+    """Returns the weights of a file, {name: tensor}.
+
+    Raises:
+        ValidationError: It is no safetensors file, or one of them is NaN or Inf.
+    """
+    path = find_adapter_file(path)
+    read_raw_metadata(path)
+    weights = safetensors.torch.load_file(path)
+    for name, weight in weights.items():
+        check_finite(weight, f"{path.name}: {name}")
+    return weights
+
+
 def read_metadata(path) -> dict:
     """Returns what `describe_training` wrote into a file, {name: value}; empty if it is not ours.
 
@@ -163,13 +178,15 @@ def load_adapter(pipe, path, *, any_base=False):
         The pipeline.
 
     Raises:
-        ValidationError: It was made for another base model, or is no adapter for this pipeline:
-            not each of its weights finds its place, or not each layer its weights.
+        ValidationError: It holds NaN or Inf, was made for another base model, or is no adapter for
+            this pipeline: not each of its weights finds its place, or not each layer its weights.
     """
     path = find_adapter_file(path)
-    metadata = read_metadata(path)
+    metadata, weights = read_metadata(path), read_weights(path)
     base = metadata.get("base_model", "an unknown model")
-    _check_shapes(pipe, path, base)
+    _check_shapes(pipe, path, weights, base)
+    if "targets" in metadata.get("config", {}):
+        _check_has_all_layers(pipe, path, weights, metadata["config"]["targets"])
     if not any_base and "base_sample" in metadata:
         tolerance = max(torch.finfo(pipe.unet.dtype).eps, 1e-6)
         own, theirs = sample_weights(pipe.unet), metadata["base_sample"]
@@ -190,17 +207,17 @@ def load_adapter(pipe, path, *, any_base=False):
         raise ValidationError(
             f"{path}: diffusers cannot load it ({reason}). Expected a LoRA of this architecture."
         ) from error
-    return _check_is_whole(pipe, path, before)
+    return _check_is_whole(pipe, path, weights, before)
 
 
-def _check_is_whole(pipe, path, before):
+def _check_is_whole(pipe, path, weights, before):
     """Returns a pipeline whose adapter's weights all came from its file.
 
     Symptom: a layer without its lora_B is loaded with what memory held. Versions: diffusers 0.42.1,
     which makes layers empty and fills in what the file has. Source: load_lora_adapter in its
     loaders/peft.py. Guarded by test_an_adapter_that_is_not_whole_is_refused in test_adapter.py.
     """
-    given = [key for key in safetensors.torch.load_file(path) if key.endswith(WEIGHT_ENDINGS)]
+    given = [key for key in weights if key.endswith(WEIGHT_ENDINGS)]
     count = sum(
         len(get_peft_model_state_dict(getattr(pipe, component), adapter_name=name))
         for component, name in _list_adapters(pipe) - before
@@ -227,15 +244,11 @@ def _take_off(pipe, before):
         pipe.unload_lora_weights()
 
 
-def _check_shapes(pipe, path, base):
+def _check_shapes(pipe, path, weights, base):
     """Refuses an adapter whose layers this pipeline does not have, or has in another size."""
-    layers = {
-        f"{component}.{name.removeprefix('text_model.')}": layer
-        for component in ("unet", "text_encoder")
-        for name, layer in getattr(pipe, component).named_modules()
-    }
-    for key, weight in safetensors.torch.load_file(path).items():
-        name, _, part = key.replace("text_encoder.text_model.", "text_encoder.").partition(".lora_")
+    layers = _list_layers(pipe)
+    for key, weight in weights.items():
+        name, part = _split_key(key)
         if part not in ("A.weight", "B.weight"):
             continue  # another layout, which diffusers converts
         found, side = layers.get(name), 1 if part == "A.weight" else 0
@@ -246,6 +259,38 @@ def _check_shapes(pipe, path, base):
                 f"{path}: was trained on {base}; for its {name} this pipeline has {seen}. Load "
                 "the model that it was trained on."
             )
+
+
+def _check_has_all_layers(pipe, path, weights, targets):
+    """Refuses an adapter without a layer of its training, which diffusers would leave as it is."""
+    given = {_split_key(key)[0] for key in weights}
+    endings = find_targets(LoRAConfig(targets=targets))
+    wanted = [
+        layer
+        for layer in _list_layers(pipe)
+        if is_target(layer, endings.get(layer.partition(".")[0], ()))
+    ]
+    lost = [layer for layer in wanted if layer not in given]
+    if lost:
+        raise ValidationError(
+            f"{path}: has no weights for {len(lost)} of the {len(wanted)} layers of its training, "
+            f"such as {lost[0]}. It is damaged; copy it again."
+        )
+
+
+def _list_layers(pipe):
+    """{path from the pipeline: module} of all that an adapter may be on."""
+    return {
+        f"{component}.{name.removeprefix('text_model.')}": layer
+        for component in ("unet", "text_encoder")
+        for name, layer in getattr(pipe, component).named_modules()
+    }
+
+
+def _split_key(key):
+    """(layer, "A.weight" or "B.weight") of a weight; another layout has "" behind."""
+    layer, _, part = key.replace("text_encoder.text_model.", "text_encoder.").partition(".lora_")
+    return layer, part
 
 
 def find_adapter_file(path) -> Path:

@@ -3,8 +3,8 @@
 import pandas as pd
 import torch
 
-from sdkit.finetuning.evaluation import read_pictures
 from sdkit.finetuning.evaluation_prompts import find_product
+from sdkit.finetuning.picture_groups import read_pictures
 from sdkit.mini.classifier import classify, load_classifier
 
 

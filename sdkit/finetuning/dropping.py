@@ -104,7 +104,10 @@ def go_back(run: TrainingRun, progress: Progress):
         lr_scale=progress.lr_scale, steps_tried=progress.steps_tried,
         train_seconds=progress.train_seconds,
     )  # fmt: skip
+    seen = f"{progress.bad_in_row} steps in a row were not finite"
+    if last.gate in FATAL_GATES:
+        seen = f"not finite at the {last.gate} gate"
     return kept, (
-        f"given up: {config.max_bad_steps} steps in a row were not finite, after "
-        f"{progress.rollbacks} returns to a checkpoint ({last.cause}: {last.message})"
+        f"given up: {seen}, after {progress.rollbacks} returns to a checkpoint "
+        f"({last.cause}: {last.message})"
     )

@@ -1,31 +1,29 @@
 """Did it learn: the same prompts and seeds with and without an adapter, and what that changed."""
 
-# N pictures, H W pixels, D features
+# N pictures, H W pixels
 
 from pathlib import Path
 
-import numpy as np
-import safetensors.torch
 import torch
 
 from sdkit.device import describe_environment
 from sdkit.emulate import active as find_emulation
-from sdkit.finetuning.adapter_file import find_adapter_file, load_adapter, read_metadata
+from sdkit.finetuning.adapter_file import (
+    find_adapter_file,
+    load_adapter,
+    read_metadata,
+    read_weights,
+)
 from sdkit.finetuning.checkpoints import ADAPTER_FILE
 from sdkit.finetuning.dataset import MINI, ImageCaptionDataset
-from sdkit.finetuning.evaluation_prompts import base_prompts, find_product, studio_prompts
-from sdkit.finetuning.evaluation_report import LoRAEvaluation, PictureMeasures
-from sdkit.finetuning.picture_measures import (
-    measure_change,
-    measure_diversity,
-    measure_kernel_distance,
-    measure_white_border,
-)
+from sdkit.finetuning.evaluation_prompts import base_prompts, studio_prompts
+from sdkit.finetuning.evaluation_report import REPORT_FILE, LoRAEvaluation
+from sdkit.finetuning.picture_groups import measure_drift, measure_pictures, read_pictures
 from sdkit.generation import generate
 from sdkit.loading import load_pipeline
 from sdkit.loading.checkpoint import MINI_ID
-from sdkit.mini.classifier import QUESTIONS, classify, load_classifier, shrink_images
-from sdkit.validation import ValidationError, check_finite
+from sdkit.mini.classifier import load_classifier
+from sdkit.validation import ValidationError, check_is_writable
 
 MAXIMUM_PROMPTS = 32  # of a folder's captions
 
@@ -89,55 +87,78 @@ def evaluate_lora(
     real, held_out = load_held_out(pipe, dataset, image_size=image_size, progress=progress)
     prompts = _choose_prompts(prompts, dataset, real)
     is_mini = pipe.config.get("_name_or_path") == MINI_ID
-    if kept_prompts is None:
-        kept_prompts = base_prompts() if is_mini else ()
-    elif isinstance(kept_prompts, str):
-        kept_prompts = (kept_prompts,)
+    kept_prompts = _choose_kept_prompts(kept_prompts, is_mini)
     settings = {
         "seed": seed, "num_inference_steps": num_inference_steps, "guidance_scale": guidance_scale,
         "batch_size": batch_size, "image_size": image_size,
     }  # fmt: skip
-
-    def draw(name):
-        folder = Path(output_folder) / name if output_folder else None
-        return generate(
-            pipe, [*prompts, *kept_prompts], output_folder=folder, on_nonfinite="skip",
-            progress=progress, **settings,
-        )  # fmt: skip
-
-    load_adapter(pipe, path)  # first, so that one of another base is refused before any work
-    try:
-        after = draw("after")
-    finally:
-        pipe.unload_lora_weights()
-    before = draw("before")
+    runs = draw_before_and_after(
+        pipe, path, [*prompts, *kept_prompts], output_folder, progress=progress, **settings
+    )
+    pictures = [read_pictures(run) for run in runs]
     judge = load_classifier() if is_mini else None
     own_judge = judge if dataset == MINI else None
-    learnt, kept = slice(0, len(prompts)), slice(len(prompts), None)
-    kept_groups = [
-        measure_pictures(read_pictures(run)[kept], kept_prompts, judge) if kept_prompts else None
-        for run in (before, after)
-    ]
+    before, after = (
+        measure_pictures(drawn[: len(prompts)], prompts, own_judge, held_out) for drawn in pictures
+    )
+    kept = [drawn[len(prompts) :] for drawn in pictures]
+    kept_before, kept_after = (
+        measure_pictures(drawn, kept_prompts, judge) if kept_prompts else None for drawn in kept
+    )
     report = LoRAEvaluation(
         adapter=str(path),
         model=str(pipe.config.get("_name_or_path") or model),
         dataset=str(dataset),
-        before=measure_pictures(read_pictures(before)[learnt], prompts, own_judge, held_out),
-        after=measure_pictures(read_pictures(after)[learnt], prompts, own_judge, held_out),
+        before=before,
+        after=after,
         held_out=measure_pictures(list(held_out), real.captions, own_judge),
-        kept_before=kept_groups[0],
-        kept_after=kept_groups[1],
-        drift=measure_drift(read_pictures(before)[kept], read_pictures(after)[kept]),
+        kept_before=kept_before,
+        kept_after=kept_after,
+        drift=measure_drift(*kept),
         settings={**settings, "prompts": list(prompts), "kept_prompts": list(kept_prompts)},
-        notes=tuple(_find_notes(path, before, after, is_mini, dataset, kept_prompts)),
+        notes=tuple(_find_notes(path, *runs, is_mini, dataset, kept_prompts)),
         environment=describe_environment(str(pipe.device)),
         emulated=find_emulation(),
-        run_before=before,
-        run_after=after,
+        run_before=runs[0],
+        run_after=runs[1],
     )
     if output_folder:
         report.save(output_folder)
     return report
+
+
+def draw_before_and_after(pipe, path, prompts, output_folder, *, progress=True, **settings):
+    """Draws the same prompts and seeds without and with an adapter; a bad picture is left out.
+
+    Args:
+        pipe: Without an adapter, and without one afterwards.
+        path: The adapter's file.
+        prompts: What to draw.
+        output_folder: For the folders `before` and `after`, or None.
+        progress: Whether to show progress bars.
+        **settings: As for `generate`.
+
+    Returns:
+        (RunRecord of the base, RunRecord with the adapter).
+
+    Raises:
+        ValidationError: The adapter is not for this pipeline, or a setting is not fit.
+    """
+
+    def draw(name):
+        folder = Path(output_folder) / name if output_folder else None
+        return generate(
+            pipe, prompts, output_folder=folder, on_nonfinite="skip", progress=progress, **settings
+        )
+
+    load_adapter(pipe, path)  # first, so that one of another base is refused before any work
+    try:
+        if output_folder:  # an earlier report does not tell of the pictures that come now
+            (check_is_writable(output_folder) / REPORT_FILE).unlink(missing_ok=True)
+        after = draw("after")
+    finally:
+        pipe.unload_lora_weights()
+    return draw("before"), after
 
 
 def check_adapter(adapter) -> Path:
@@ -156,8 +177,7 @@ def check_adapter(adapter) -> Path:
             "that came to its end; one that was interrupted goes on with sdkit train --resume."
         )
     read_metadata(path)
-    for name, weight in safetensors.torch.load_file(path).items():
-        check_finite(weight, f"{path.name}: {name}")
+    read_weights(path)
     return path
 
 
@@ -202,80 +222,10 @@ def _choose_prompts(prompts, dataset, real):
     return tuple(prompts)
 
 
-def read_pictures(run) -> list:
-    """Returns each picture of a RunRecord, (3, H, W) in [0, 1], or None where it was bad."""
-    return [
-        None
-        if image.pil_image is None
-        else torch.from_numpy(np.array(image.pil_image)).permute(2, 0, 1).float() / 255
-        for image in run.images
-    ]
-
-
-def measure_pictures(pictures, prompts, judge=None, held_out=None) -> PictureMeasures:
-    """Measures a group of pictures.
-
-    Args:
-        pictures: N of (3, H, W) in [0, 1], or None where one was bad.
-        prompts: N, what they shall show.
-        judge: The bundled classifier, or None where it knows nothing of such pictures.
-        held_out: (M, 3, H, W), what they shall be like; None measures no distance.
-    """
-    pairs = [(x, prompt) for x, prompt in zip(pictures, prompts, strict=True) if x is not None]
-    if not pairs:
-        return PictureMeasures(asked=len(pictures), valid=0)
-    images = torch.stack([picture for picture, _ in pairs])
-    shares = measure_white_border(images)
-    has_distance = judge is not None and held_out is not None
-    return PictureMeasures(
-        asked=len(pictures),
-        valid=len(images),
-        white_border=float(shares.mean()),
-        white_border_least=float(shares.min()),
-        white_border_253=float(measure_white_border(images, 253).mean()),
-        white_border_255=float(measure_white_border(images, 255).mean()),
-        distance=measure_kernel_distance(
-            find_features(judge, images), find_features(judge, held_out)
-        )
-        if has_distance
-        else None,
-        diversity=measure_diversity(images),
-        **_judge_answers(judge, images, [prompt for _, prompt in pairs]),
-    )
-
-
-def _judge_answers(judge, images, prompts):
-    """The share of right answers to each question, over the prompts that the catalogue knows."""
-    products = [find_product(prompt) for prompt in prompts]
-    if judge is None or not any(products):
-        return {}
-    answers = classify(judge, images)
-    return {
-        f"{question}_right": float(
-            np.mean(
-                [
-                    answer[question] == getattr(product, question)
-                    for answer, product in zip(answers, products, strict=True)
-                    if product
-                ]
-            )
-        )
-        for question in QUESTIONS
-    }
-
-
-@torch.no_grad()
-def find_features(judge, images) -> torch.Tensor:
-    """Returns what the classifier sees in pictures (N, 3, H, W), before it answers: (N, D)."""
-    return judge[:-1](shrink_images(images))
-
-
-def measure_drift(before, after) -> float | None:
-    """Returns the mean change of pictures that are valid on both sides, in 8-bit levels."""
-    pairs = [(x, y) for x, y in zip(before, after, strict=True) if x is not None and y is not None]
-    if not pairs:
-        return None
-    return float(measure_change(*(torch.stack(side) for side in zip(*pairs, strict=True))).mean())
+def _choose_kept_prompts(kept_prompts, is_mini):
+    if kept_prompts is None:
+        return base_prompts() if is_mini else ()
+    return (kept_prompts,) if isinstance(kept_prompts, str) else tuple(kept_prompts)
 
 
 def _find_notes(path, before, after, is_mini, dataset, kept_prompts):

@@ -9,22 +9,23 @@ from sdkit.figures import plot_images
 from sdkit.generation import RunRecord
 from sdkit.validation import ValidationError
 
+SHOWN = 4  # prompts of each kind
 
-def plot_before_after(evaluation, *, learnt=4, kept=4, heading="Before and after"):
+
+def plot_before_after(evaluation):
     """Draws pictures of an evaluation: above those of the base, below them those of the adapter.
+
+    At most four prompts that shall have been learnt and four that shall not have changed.
 
     Args:
         evaluation: What `evaluate_lora` returned.
-        learnt: How many prompts that shall have been learnt, at most, evenly chosen.
-        kept: How many that shall not have changed, at most.
-        heading: Title above.
 
     Returns:
         A new Figure, already closed: return it from a cell to see it, or save it.
     """
     asked = len(evaluation.settings["prompts"])
     total = asked + len(evaluation.settings["kept_prompts"])
-    chosen = [*spread(range(asked), learnt), *spread(range(asked, total), kept)]
+    chosen = [*spread(range(asked), SHOWN), *spread(range(asked, total), SHOWN)]
     runs = {"base": evaluation.run_before, "adapter": evaluation.run_after}
     shown = [(name, run.images[index]) for name, run in runs.items() for index in chosen]
     return plot_images(
@@ -32,7 +33,7 @@ def plot_before_after(evaluation, *, learnt=4, kept=4, heading="Before and after
         [f"{name}: {shorten(image.prompt)}" for name, image in shown],
         problems=[image.problem for _, image in shown],
         columns=len(chosen),
-        heading=heading,
+        heading="Before and after",
     )
 
 

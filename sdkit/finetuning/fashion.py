@@ -86,32 +86,14 @@ def prepare_fashion_products(
     """
     output_folder = _check_request(Path(output_folder), size_pixels, limit)
     root = _find_root(Path(source))
-    rows, skipped = read_styles(root / "styles.csv")
-    article_types = [article_types] if isinstance(article_types, str) else list(article_types or ())
-    wanted = {name.casefold() for name in article_types}
-    rows = [row for row in rows if not wanted or row["articleType"].casefold() in wanted]
-    if not rows:
-        raise ValidationError(
-            f"{root / 'styles.csv'}: no product is of {', '.join(article_types) or 'any kind'}. "
-            "Expected values of its column articleType, such as Casual Shoes."
-        )
+    rows, skipped = _choose_products(root / "styles.csv", article_types)
     check_is_writable(output_folder.parent)
     partial = begin_run(output_folder)
     try:
-        written = {}
-        for row in tqdm(rows, "prepare products", disable=not progress, delay=2):
-            if len(written) == limit:
-                break
-            reason = _write_square(root / "images", row["id"], partial, size_pixels)
-            if reason:
-                skipped[row["id"]] = reason
-            else:
-                written[row["id"]] = row
-        if len(written) < 2:
-            listed = "".join(f"\n  {name}: {why}" for name, why in list(skipped.items())[:20])
-            raise ValidationError(
-                f"{root}: {len(written)} products can be used. Expected at least 2.{listed}"
-            )
+        bar = tqdm(rows, "prepare products", disable=not progress, delay=2)
+        written, left_out = _write_pictures(root, bar, partial, size_pixels, limit)
+        skipped |= left_out
+        _check_is_enough(root, written, skipped)
         counts = {split: _write_split(partial, written, split, seed) for split in SPLITS}
         return PreparedProducts(finish_run(partial), counts, skipped)
     except OSError as error:
@@ -121,6 +103,42 @@ def prepare_fashion_products(
         ) from error
     finally:
         shutil.rmtree(partial, ignore_errors=True)  # thousands of pictures, if it failed
+
+
+def _choose_products(path, article_types):
+    """Returns (rows of the table that are of these types, why others were left out)."""
+    rows, skipped = read_styles(path)
+    article_types = [article_types] if isinstance(article_types, str) else list(article_types or ())
+    wanted = {name.casefold() for name in article_types}
+    rows = [row for row in rows if not wanted or row["articleType"].casefold() in wanted]
+    if not rows:
+        raise ValidationError(
+            f"{path}: no product is of {', '.join(article_types) or 'any kind'}. Expected values "
+            "of its column articleType, such as Casual Shoes."
+        )
+    return rows, skipped
+
+
+def _write_pictures(root, rows, folder, size_pixels, limit):
+    """Writes a picture each, `limit` at most; returns ({id: row}, {id: why it has none})."""
+    written, left_out = {}, {}
+    for row in rows:
+        if len(written) == limit:
+            break
+        reason = _write_square(root / "images", row["id"], folder, size_pixels)
+        if reason:
+            left_out[row["id"]] = reason
+        else:
+            written[row["id"]] = row
+    return written, left_out
+
+
+def _check_is_enough(root, written, skipped):
+    if len(written) < 2:
+        listed = "".join(f"\n  {name}: {why}" for name, why in list(skipped.items())[:20])
+        raise ValidationError(
+            f"{root}: {len(written)} products can be used. Expected at least 2.{listed}"
+        )
 
 
 def _check_request(output_folder, size_pixels, limit) -> Path:

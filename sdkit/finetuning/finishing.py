@@ -7,9 +7,10 @@ from sdkit.emulate import active as find_emulation
 from sdkit.finetuning.adapter import write_adapter
 from sdkit.finetuning.adapter_file import pack_adapter, unpack_adapter
 from sdkit.finetuning.checkpoints import ADAPTER_FILE, find_checkpoint, load_checkpoint
+from sdkit.finetuning.processes import from_main
 from sdkit.finetuning.progress import Progress
 from sdkit.finetuning.report import TrainReport
-from sdkit.finetuning.training_run import TrainingRun, from_main
+from sdkit.finetuning.training_run import TrainingRun
 from sdkit.run_folder import replace_file
 from sdkit.validation import ValidationError
 
@@ -40,8 +41,8 @@ def finish(run: TrainingRun, progress: Progress) -> Path:
     Raises:
         ValidationError: It is not finite, or cannot be written; the checkpoints stay.
     """
-    best = progress.best[0] if run.config.early_stopping_patience else progress.step
-    if best != progress.step:
+    best = progress.best_step if run.config.early_stopping_patience else None
+    if best not in (None, progress.step):
         folder = find_checkpoint(run.folder, best)
         _, adapter, _ = from_main(run.accelerator, lambda: load_checkpoint(folder))
         write_adapter(run.pipe, unpack_adapter(adapter))

@@ -16,7 +16,7 @@ class DroppedStep:
 
     Attributes:
         step: From 0.
-        gate: Where it was stopped: "batch", "loss", "gradients" or "weights".
+        gate: Where it was stopped: "batch", "loss", "gradients", "weights" or "validation".
         images: Names of the images at fault; empty if it is none of them alone.
         cause: In a few words, as `sdkit diagnose` has it: "range-overflow" and the like.
         message: One sentence for people.

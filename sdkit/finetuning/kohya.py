@@ -8,7 +8,7 @@ import torch
 from diffusers.loaders.lora_base import LORA_ADAPTER_METADATA_KEY
 from diffusers.utils import convert_state_dict_to_kohya
 
-from sdkit.finetuning.adapter_file import find_adapter_file, read_raw_metadata
+from sdkit.finetuning.adapter_file import find_adapter_file, read_raw_metadata, read_weights
 from sdkit.run_folder import replace_file
 from sdkit.validation import ValidationError, check_is_writable
 
@@ -28,7 +28,8 @@ def export_kohya(path, output_path) -> Path:
         `output_path`.
 
     Raises:
-        ValidationError: The file is not one that a training of sdkit wrote, or there is no room.
+        ValidationError: The file is not one that a training of sdkit wrote, it holds NaN or Inf, or
+            there is no room.
     """
     path, output_path = find_adapter_file(path), Path(output_path)
     metadata = read_raw_metadata(path)
@@ -41,7 +42,7 @@ def export_kohya(path, output_path) -> Path:
     rank, alpha = settings[f"{component}.r"], settings[f"{component}.lora_alpha"]
     weights = {
         key.replace("lora_te1_", "lora_te_"): value.contiguous()
-        for key, value in convert_state_dict_to_kohya(safetensors.torch.load_file(path)).items()
+        for key, value in convert_state_dict_to_kohya(read_weights(path)).items()
     }
     weights |= {key: torch.tensor(float(alpha)) for key in weights if key.endswith(".alpha")}
     about = {  # what kohya's tools show of a file, and what is known of its making

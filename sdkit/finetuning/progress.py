@@ -103,13 +103,18 @@ class Progress:
             best=(self.step, loss) if is_better else self.best,
         )
 
+    @property
+    def best_step(self) -> int | None:
+        """Steps taken at the least validation loss; None where none was measured."""
+        return self.best[0] if self.best else None
+
     def images_done(self, effective_batch) -> int:
         """Images that went through, in steps taken, dropped and undone alike."""
         return self.steps_tried * effective_batch
 
     def looks_since_best(self) -> int:
         """How many looks at the validation loss in a row were no better than the best."""
-        return sum(step > self.best[0] for step, _ in self.validation_losses) if self.best else 0
+        return sum(step > self.best_step for step, _ in self.validation_losses) if self.best else 0
 
     def to_dict(self) -> dict:
         """As JSON types."""

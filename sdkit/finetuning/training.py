@@ -206,7 +206,7 @@ def save_if_due(run: TrainingRun, progress: Progress, stopped):
     """Saves a checkpoint every so many steps, at the end, and of the best if that is to be kept."""
     config = run.config
     is_last = bool(stopped) or progress.step == config.max_train_steps
-    is_best = bool(config.early_stopping_patience) and progress.best[0] == progress.step
+    is_best = bool(config.early_stopping_patience) and progress.best_step == progress.step
     if is_last or is_best or progress.step % config.checkpointing_steps == 0:
         save(run, progress)
 

@@ -8,7 +8,41 @@ import torch
 from sdkit.finetuning.config import LoRAConfig
 from sdkit.finetuning.dataset import ImageCaptionDataset
 from sdkit.finetuning.encoding import EncodedDataset, encode_dataset
+from sdkit.finetuning.keeping import add_kept_prompts
 from sdkit.run_folder import replace_file
+from sdkit.validation import ValidationError, check_finite
+
+
+def open_data(data, pipe, config: LoRAConfig, accelerator, progress):
+    """Makes the images of a training ready: loaded if need be, looked through, kept prompts added.
+
+    Args:
+        data: (train, validation or None), EncodedDatasets; None loads those of the settings.
+        pipe: The pipeline, before it has an adapter.
+        config: Of the training.
+        accelerator: Of the training.
+        progress: Whether to show progress bars.
+
+    Returns:
+        (train, validation or None, what to say about them).
+
+    Raises:
+        ValidationError: They cannot be trained on so.
+    """
+    found = []
+    if data is None:
+        *data, found = load_data(pipe, config, accelerator, progress)
+    train, (validation, left_out) = data[0], leave_out_bad(data[1])
+    if config.early_stopping_patience and validation is None:
+        raise ValidationError(
+            f"early_stopping_patience={config.early_stopping_patience}: there is nothing to hold "
+            f"out{': ' if left_out else ''}{'; '.join(left_out)}. Expected held-out images whose "
+            "loss tells when to stop; leave it out, or give some."
+        )
+    if config.kept_prompts:
+        train = add_kept_prompts(pipe, train, config, progress=progress)
+    _check_shared(train, config)
+    return train, validation, [*found, *left_out, *_check_size(train, config, accelerator)]
 
 
 def load_data(pipe, config: LoRAConfig, accelerator, progress):
@@ -88,3 +122,32 @@ def leave_out_bad(encoded: EncodedDataset | None):
         caption_index=encoded.caption_index[kept], **flipped,
     )  # fmt: skip
     return rest, [notice]
+
+
+def _check_shared(train, config):
+    """Raises if what belongs to no image is not finite: it would be laid at the door of each."""
+    if config.caption_dropout:
+        check_finite(train.prompt_embeds[0], "prompt_embeds of the empty caption")
+    if train.kept_rows:
+        check_finite(train.prompt_embeds[list(train.kept_rows)], "prompt_embeds of kept_prompts")
+        check_finite(train.kept_latents, "latents of kept_prompts")
+
+
+def _check_size(train, config, accelerator):
+    """Returns what to say about the number of images."""
+    if accelerator.num_processes > config.effective_batch:
+        raise ValidationError(
+            f"{accelerator.num_processes} processes for an effective batch of "
+            f"{config.effective_batch}: expected at least one image for each. Use fewer, or more "
+            "gradient_accumulation_steps."
+        )
+    count = len(train.names)
+    if count == 0:
+        raise ValidationError(
+            f"{config.dataset}: no image to train on. Expected at least one; see the dataset's "
+            "report for those that were left out."
+        )
+    if count >= config.effective_batch:
+        return []
+    images = "1 image is" if count == 1 else f"{count} images are"
+    return [f"{images} fewer than the {config.effective_batch} of a step: each comes several times"]

@@ -32,7 +32,6 @@ from sdkit.finetuning.checkpoints import (
 )
 from sdkit.finetuning.config import LoRAConfig
 from sdkit.finetuning.gates import check_state
-from sdkit.finetuning.keeping import add_kept_prompts
 from sdkit.finetuning.micro_batch import (
     MicroBatch,
     choose_micro_batch,
@@ -49,11 +48,11 @@ from sdkit.finetuning.optimizer import check_8bit_adam, make_optimizer
 from sdkit.finetuning.processes import find_device_type, from_main, make_accelerator, name_card
 from sdkit.finetuning.progress import LOSS_SCALE, Progress
 from sdkit.finetuning.run_start import CONFIG_FILE, clear_run_folder, find_start
-from sdkit.finetuning.training_data import leave_out_bad, load_data
+from sdkit.finetuning.training_data import open_data
 from sdkit.finetuning.training_dtype import choose_training_dtype
 from sdkit.guarding import remove_guard
 from sdkit.loading import load_pipeline
-from sdkit.validation import ValidationError, check_finite
+from sdkit.validation import ValidationError
 
 
 @dataclass(frozen=True)
@@ -154,6 +153,32 @@ def begin_run(
         accelerator, lambda: find_start(config, resume=resume, overwrite=overwrite)
     )
     device_type = find_device_type(accelerator.device)
+    pipe, dtype, notices = _open_pipeline(pipe, config, accelerator, device_type, progress)
+    check_targets(check_is_trainable(pipe), config)  # before an hour of encoding
+    noise_scheduler = make_noise_scheduler(pipe)
+    check_weights(noise_scheduler, config)
+    remove_guard(pipe)  # the gates look at every step, and drop where a guard would raise
+    train, validation, found = open_data(data, pipe, config, accelerator, progress)
+    identity = _identify(pipe, train, validation)
+    metadata = describe_training(pipe, config, train)
+    parameters = tuple(add_adapter(pipe, config).values())
+    optimizer = make_optimizer(parameters, config, device_type)
+    if checkpoint:  # another cut would round differently
+        record, _, _ = from_main(accelerator, lambda: load_checkpoint(checkpoint))
+        micro_batch = MicroBatch(**record["micro_batch"])
+    else:
+        micro_batch = _choose_micro_batch(pipe, config, train, accelerator, device_type)
+    set_training_mode(pipe.unet, pipe.text_encoder, config, micro_batch.gradient_checkpointing)
+    run = TrainingRun(
+        config, accelerator, pipe, noise_scheduler, parameters, optimizer, train,
+        validation, dtype, micro_batch, metadata, identity, (*notices, *found),
+    )  # fmt: skip
+    accelerator.init_trackers("sdkit", config={k: str(v) for k, v in config.to_dict().items()})
+    return run, restore(run, checkpoint) if checkpoint else _save_first(run)
+
+
+def _open_pipeline(pipe, config, accelerator, device_type, progress):
+    """Returns the pipeline, the dtype of its frozen weights, and what to say."""
     if config.use_8bit_adam:
         check_8bit_adam(device_type)
     dtype, notices = choose_training_dtype(
@@ -168,18 +193,15 @@ def begin_run(
             config.model, backend=str(accelerator.device), dtype=dtypes, progress=progress
         )
         notices = [*notices, *report.notices]
-    check_targets(check_is_trainable(pipe), config)  # before an hour of encoding
-    noise_scheduler = make_noise_scheduler(pipe)
-    check_weights(noise_scheduler, config)
-    remove_guard(pipe)  # the gates look at every step, and drop where a guard would raise
-    found = []
-    if data is None:
-        *data, found = load_data(pipe, config, accelerator, progress)
-    train, (validation, left_out) = data[0], leave_out_bad(data[1])
-    if config.kept_prompts:
-        train = add_kept_prompts(pipe, train, config, progress=progress)
-    _check_shared(train, config)
-    notices = [*notices, *found, *left_out, *_check_size(train, config, accelerator)]
+    return pipe, dtype, notices
+
+
+def _identify(pipe, train, validation) -> dict:
+    """What a resumed run must find again, and every process have: base model and data.
+
+    Raises:
+        ValidationError: The processes have different ones.
+    """
     identity = {
         "base_sample": sample_weights(pipe.unet),
         "train": train.fingerprint,
@@ -190,21 +212,7 @@ def begin_run(
             "accelerate: the processes have different models or images. Expected the same on "
             "every machine."
         )
-    metadata = describe_training(pipe, config, train)
-    parameters = tuple(add_adapter(pipe, config).values())
-    optimizer = make_optimizer(parameters, config, device_type)
-    if checkpoint:  # another cut would round differently
-        record, _, _ = from_main(accelerator, lambda: load_checkpoint(checkpoint))
-        micro_batch = MicroBatch(**record["micro_batch"])
-    else:
-        micro_batch = _choose_micro_batch(pipe, config, train, accelerator, device_type)
-    set_training_mode(pipe.unet, pipe.text_encoder, config, micro_batch.gradient_checkpointing)
-    run = TrainingRun(
-        config, accelerator, pipe, noise_scheduler, parameters, optimizer, train,
-        validation, dtype, micro_batch, metadata, identity, tuple(notices),
-    )  # fmt: skip
-    accelerator.init_trackers("sdkit", config={k: str(v) for k, v in config.to_dict().items()})
-    return run, restore(run, checkpoint) if checkpoint else _save_first(run)
+    return identity
 
 
 def _save_first(run):
@@ -220,35 +228,6 @@ def _save_first(run):
     if run.accelerator.is_main_process:
         run.config.save(run.folder / CONFIG_FILE)  # last: what has it is a run
     return progress
-
-
-def _check_shared(train, config):
-    """Raises if what belongs to no image is not finite: it would be laid at the door of each."""
-    if config.caption_dropout:
-        check_finite(train.prompt_embeds[0], "prompt_embeds of the empty caption")
-    if train.kept_rows:
-        check_finite(train.prompt_embeds[list(train.kept_rows)], "prompt_embeds of kept_prompts")
-        check_finite(train.kept_latents, "latents of kept_prompts")
-
-
-def _check_size(train, config, accelerator):
-    """Returns what to say about the number of images."""
-    if accelerator.num_processes > config.effective_batch:
-        raise ValidationError(
-            f"{accelerator.num_processes} processes for an effective batch of "
-            f"{config.effective_batch}: expected at least one image for each. Use fewer, or more "
-            "gradient_accumulation_steps."
-        )
-    count = len(train.names)
-    if count == 0:
-        raise ValidationError(
-            f"{config.dataset}: no image to train on. Expected at least one; see the dataset's "
-            "report for those that were left out."
-        )
-    if count >= config.effective_batch:
-        return []
-    images = "1 image is" if count == 1 else f"{count} images are"
-    return [f"{images} fewer than the {config.effective_batch} of a step: each comes several times"]
 
 
 def _choose_micro_batch(pipe, config, train, accelerator, device_type):
@@ -279,7 +258,7 @@ def save(run: TrainingRun, progress: Progress):
         check_state(state, "optimiser")
         adapter = pack_adapter(run.pipe, run.metadata)
         save_checkpoint(run.folder, progress.to_dict(), adapter, state)
-        spare = {progress.best[0]} if progress.best else set()
+        spare = {progress.best_step}
         prune_checkpoints(run.folder, run.config.checkpoints_total_limit, spare=spare)
     run.accelerator.wait_for_everyone()
 

@@ -12,8 +12,9 @@ import pandas as pd
 from sdkit.device import GIB
 from sdkit.memory import LoraTraining
 from sdkit.precision.machines import judge
-from sdkit.precision.memory import measure_memory, open_shapes, predict_memory
+from sdkit.precision.memory import measure_memory, predict_memory
 from sdkit.precision.memory_case import MemoryCase
+from sdkit.precision.shapes import open_shapes
 
 REPORT_BATCH_SIZE = 2  # its train_batch_size
 # The report's estimate of what is in use, in GB: weights, working memory, both (for 512x512).
