@@ -2,7 +2,8 @@
 
 What a command needs is imported inside it, so that `sdkit --help` answers at once. Every error is
 one sentence and a next step; exit 1 means that something was found bad, 2 that a command cannot
-be carried out as it was given. With --json that sentence is in the output too, as {"error": ...}.
+be carried out as it was given; an error may bring an `exit_code` of its own. With --json that
+sentence is in the output too, as {"error": ...}.
 """
 
 import json
@@ -61,7 +62,7 @@ class Commands(TyperGroup):
             if ctx.params.get("debug") or not message:
                 raise
             typer.echo(message, err=True)
-            raise typer.Exit(UNUSABLE) from error
+            raise typer.Exit(getattr(error, "exit_code", UNUSABLE)) from error
 
 
 def _explain(error) -> str | None:

@@ -116,6 +116,21 @@ def test_fix_says_what_is_emulated_and_leaves_nothing_of_an_earlier_model(tiny_f
     ]  # fmt: skip
 
 
+def test_what_a_fix_left_that_was_killed_is_not_taken_for_the_next_one_s(
+    tiny_folder, tmp_path, monkeypatch
+):
+    def interrupt(*args, **kwargs):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:  # between the recipe and the end
+        patched.setattr("sdkit.precision.fixing.save_figure", interrupt)
+        assert fix(tiny_folder, "--output", tmp_path).exit_code == 130
+    assert not (tmp_path / "fix.json").exists()
+    (tmp_path / "recipe.json").write_text("{}")
+    assert fix(tiny_folder, "--output", tmp_path).exit_code == 0
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["before_after.png", "fix.json"]
+
+
 def test_fix_cures_no_model_that_float32_cannot_hold(tiny_pipe, tmp_path):
     with torch.no_grad():
         tiny_pipe.unet.conv_in.weight.fill_(1e38)
@@ -124,6 +139,9 @@ def test_fix_cures_no_model_that_float32_cannot_hold(tiny_pipe, tmp_path):
     assert result.exit_code == 1 and result.stdout == ""
     assert "float32 gives NaN" in result.stderr
     assert not list((tmp_path / "fix").iterdir())
+    told = fix(tmp_path / "model", "--output", tmp_path / "fix", "--json")
+    assert told.exit_code == 1 and "float32 gives NaN" in json.loads(told.stdout)["error"]
+    assert "float32 gives NaN" in told.stderr
 
 
 def test_fix_refuses_a_folder_that_it_cannot_write_before_it_draws(tiny_folder, tmp_path):

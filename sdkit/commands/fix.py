@@ -1,6 +1,5 @@
 """`sdkit fix`: the smallest change with which a model draws right."""
 
-import json
 from pathlib import Path
 from typing import Annotated
 
@@ -56,9 +55,7 @@ def fix(
             num_inference_steps=steps, guidance_scale=guidance,
         )  # fmt: skip
     except BadReferenceError as error:
-        if as_json:
-            typer.echo(json.dumps({"error": str(error)}, indent=2))
-        typer.echo(error, err=True)
-        raise typer.Exit(BAD) from error
+        error.exit_code = BAD  # the command was carried out, and the model is what is bad
+        raise
     typer.echo(found.to_json() if as_json else str(found))
     raise typer.Exit(0 if found.chosen else BAD)

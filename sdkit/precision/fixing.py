@@ -23,6 +23,7 @@ FIX_NAME = "fix.json"
 RECIPE_NAME = "recipe.json"
 PICTURE_NAME = "before_after.png"
 MODEL_NAME = "model"
+UNFINISHED_NAME = ".fix.unfinished"  # where it is, what lies beside it is half-written
 
 
 @dataclass(frozen=True)
@@ -119,6 +120,7 @@ def fix_model(
             emulated = describe_arithmetic(pipe)
     chosen = rungs[-1] if rungs[-1].is_proven else None
     remove_earlier(folder)
+    (folder / UNFINISHED_NAME).touch()
     how = HOW[chosen.name].replace("{folder}", str(folder)) if chosen else ""
     if chosen and chosen.recipe:
         chosen.recipe.save(folder / RECIPE_NAME)
@@ -129,6 +131,7 @@ def fix_model(
     fix = Fix(tuple(rungs), chosen, how, folder, emulated)
     with replace_file(folder / FIX_NAME) as temporary:  # last: what has it is whole
         temporary.write_text(fix.to_json())
+    (folder / UNFINISHED_NAME).unlink()
     return fix
 
 
@@ -143,8 +146,11 @@ def check_is_apart(model, folder):
 
 
 def remove_earlier(folder):
-    """Removes what an earlier fix left there, or one might follow the recipe of another model."""
-    if not (folder / FIX_NAME).exists():
+    """Removes what an earlier fix left there, or one might follow the recipe of another model.
+
+    One that was killed while it wrote counts too.
+    """
+    if not any((folder / name).exists() for name in (FIX_NAME, UNFINISHED_NAME)):
         return
     for name in (FIX_NAME, RECIPE_NAME, PICTURE_NAME):
         (folder / name).unlink(missing_ok=True)
