@@ -279,6 +279,7 @@ def test_a_damaged_run_is_refused(runs, tmp_path):
     (tmp_path / "steps_000.npz").write_bytes(b"no archive")
     with pytest.raises(ValidationError, match="steps_000"):
         explore_run(tmp_path)
+    assert "2 of 2" in repr(compare_runs([runs / "good", tmp_path]))  # which shows no steps
 
 
 def test_words_of_others_are_shown_and_not_run(runs):

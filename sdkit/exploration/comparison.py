@@ -7,7 +7,7 @@ import ipywidgets
 import numpy as np
 from PIL import Image
 
-from sdkit.exploration.material import Material, gather_record, read
+from sdkit.exploration.material import Material, gather_pictures, read
 from sdkit.exploration.view import Tile, View, make_style
 from sdkit.generation.record import RunRecord
 from sdkit.validation import ValidationError
@@ -49,7 +49,7 @@ def compare_runs(records):
         runs[name] = record
     if not runs:
         raise ValidationError("records: got none, expected at least one RunRecord or folder.")
-    return RunComparison({name: (record, gather_record(record)) for name, record in runs.items()})
+    return RunComparison({name: (record, gather_pictures(record)) for name, record in runs.items()})
 
 
 class RunComparison(View):

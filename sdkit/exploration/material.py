@@ -156,6 +156,19 @@ def gather_record(record: RunRecord) -> Material:
         steps = add_findings(steps, record)
     if not any(found.latents is not None for found in steps):
         missing.append(NO_LATENTS)
+    shown = gather_pictures(record)
+    is_bfloat16 = record.dtypes.get("unet", record.dtypes.get("transformer")) == "bfloat16"
+    return replace(
+        shown,
+        steps=steps,
+        notes=notes,
+        dtype="bfloat16" if is_bfloat16 else "float16",
+        missing=tuple(dict.fromkeys([*missing, *shown.missing])),
+    )
+
+
+def gather_pictures(record: RunRecord) -> Material:
+    """The images of a run and what was found in them; its steps are not read."""
     pictures = tuple(
         Picture(
             image.index,
@@ -167,17 +180,11 @@ def gather_record(record: RunRecord) -> Material:
         for image in record.images
     )
     lost = [p.index for p in pictures if p.pil_image is None and p.problem is None]
-    if lost:
-        missing.append(f"The files of images {lost} are not beside the record.")
     lines = [str(record)] + [f"image {p.index}: {p.message}" for p in pictures if p.problem]
-    is_bfloat16 = record.dtypes.get("unet", record.dtypes.get("transformer")) == "bfloat16"
     return Material(
         account="\n".join(lines),
         pictures=pictures,
-        steps=steps,
-        notes=notes,
-        dtype="bfloat16" if is_bfloat16 else "float16",
-        missing=tuple(dict.fromkeys(missing)),
+        missing=(f"The files of images {lost} are not beside the record.",) if lost else (),
     )
 
 
