@@ -8,7 +8,7 @@ import torch
 from torch.overrides import TorchFunctionMode
 
 from sdkit.emulate.faults import FAULTS, Fault
-from sdkit.emulate.float16 import compute, flatten
+from sdkit.emulate.float16 import choose_computation, flatten
 from sdkit.emulate.memory import MEMORIES, is_allocating, make_allocator
 from sdkit.emulate.mode import Emulation, EmulationWarning, emulating
 
@@ -55,9 +55,9 @@ def mps(memory="zeros", faults=("baddbmm-beta-zero",), *, seed=0):
         EmulationWarning,
         stacklevel=3,  # through contextlib, to the user's `with`
     )
-    runner = make_runner(memory, faults, seed)
+    choose = make_chooser(memory, faults, seed)
     settings = {"memory": memory, "faults": [fault.name for fault in faults], "seed": seed}
-    with emulating(runner, description, settings) as emulation, RefuseFloat64Factories(emulation):
+    with emulating(choose, description, settings) as emulation, RefuseFloat64Factories(emulation):
         yield
 
 
@@ -70,48 +70,58 @@ def choose_fault(fault) -> Fault:
     return FAULTS[fault]
 
 
-def make_runner(memory, faults, seed):
-    """Make `run(func, args, kwargs)`: one aten op on the emulated backend."""
+def make_chooser(memory, faults, seed):
+    """Make `choose(func)`: how one aten op is run on the emulated backend."""
     allocate = make_allocator(memory, seed)
 
-    def run_from(first, func, args, kwargs):
+    @cache
+    def choose_from(first, func):
         for position in range(first, len(faults)):
             if strikes(faults[position], func):
-                inner = partial(run_from, position + 1)
-                return faults[position].apply(func, args, kwargs, inner)
-        honest = allocate if is_allocating(func) else compute
-        return honest(func, args, kwargs)
+                return partial(apply_fault, position, func)
+        return partial(allocate, func) if is_allocating(func) else choose_computation(func)
 
-    def run(func, args, kwargs):
-        result = run_from(0, func, args, kwargs)
-        check_no_float64(func, args, kwargs, result)
-        return result
+    def apply_fault(position, func, args, kwargs):
+        def inner(func, args, kwargs):
+            return choose_from(position + 1, func)(args, kwargs)
 
-    return run
+        return faults[position].apply(func, args, kwargs, inner)
+
+    def choose(func):
+        compute = choose_from(0, func)
+
+        def run(args, kwargs):
+            result = compute(args, kwargs)
+            if holds_double(result):
+                check_float64(func, args, kwargs)
+            return result
+
+        return run
+
+    return choose
 
 
-@cache
 def strikes(fault: Fault, func) -> bool:
     """Whether the fault rewrites this overload."""
     return str(func) in fault.ops or str(func.overloadpacket) in fault.ops
 
 
-def check_no_float64(func, args, kwargs, result) -> None:
-    """Raise if the op made float64 of anything but the host's own float64 tables."""
-    if not any(is_double(value) for value in flatten((result,))):
-        return
+def check_float64(func, args, kwargs) -> None:
+    """Raise if an op made float64 of anything but the host's own float64 tables."""
     tensors = [v for v in flatten((*args, *kwargs.values())) if isinstance(v, torch.Tensor)]
-    has_table = any(is_double(tensor) for tensor in tensors)
+    has_table = any(holds_double(tensor) for tensor in tensors)
     if any(
-        tensor.dim() and not is_double(tensor) and (tensor.is_floating_point() or not has_table)
+        tensor.dim() and not holds_double(tensor) and (tensor.is_floating_point() or not has_table)
         for tensor in tensors
     ):
         raise make_float64_error(func)
 
 
-def is_double(value) -> bool:
-    """Whether the value is a tensor of a dtype that MPS lacks."""
-    return isinstance(value, torch.Tensor) and value.dtype in DOUBLE_DTYPES
+def holds_double(result) -> bool:
+    """Whether what an op returned is, or has in it, a tensor of a dtype that MPS lacks."""
+    if isinstance(result, torch.Tensor):
+        return result.dtype in DOUBLE_DTYPES
+    return isinstance(result, (list, tuple)) and any(map(holds_double, result))
 
 
 def make_float64_error(func) -> TypeError:
@@ -134,6 +144,6 @@ class RefuseFloat64Factories(TorchFunctionMode):
         result = func(*args, **kwargs)
         is_asked = kwargs.get("device") is not None or kwargs.get("dtype") in DOUBLE_DTYPES
         is_factory = is_asked and not any(map(torch.is_tensor, args[:1]))
-        if is_factory and is_double(result) and not self.emulation.shadows:
+        if is_factory and holds_double(result) and not self.emulation.shadows:
             raise make_float64_error(func)
         return result

@@ -2,7 +2,7 @@
 
 import struct
 from contextlib import contextmanager
-from functools import lru_cache
+from functools import cache, lru_cache, partial
 
 import torch
 
@@ -45,14 +45,22 @@ def float16_arithmetic():
         https://docs.pytorch.org/docs/stable/notes/numerical_accuracy.html
         Higham, "Accuracy and Stability of Numerical Algorithms", 2002, chapter 3 (sums).
     """
-    with emulating(compute, "emulated float16 arithmetic (wide accumulation)", {}):
+    with emulating(choose_computation, "emulated float16 arithmetic (wide accumulation)", {}):
         yield
 
 
-def compute(func, args, kwargs):
-    """Run one aten op: natively, or widened and rounded once if its dtype is a half."""
+@cache
+def choose_computation(func):
+    """How an aten op is run, as a function of `(args, kwargs)`: natively, or as `compute` does."""
     rule = find_rule(func)
-    half = None if rule.exact else find_half(rule, args, kwargs)
+    if rule.exact:
+        return lambda args, kwargs: func(*args, **kwargs)
+    return partial(compute, func, rule)
+
+
+def compute(func, rule: Rule, args, kwargs):
+    """Run an op that rounds: widened and rounded once if its dtype is a half, else natively."""
+    half = find_half(rule, args, kwargs)
     if half is None or is_native(rule, half, args, kwargs):
         return func(*args, **kwargs)
     wide_args = [widen(value, half, rule.work_dtype) for value in args]

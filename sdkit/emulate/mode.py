@@ -16,11 +16,15 @@ class EmulationWarning(UserWarning):
 
 
 class Emulation(TorchDispatchMode):
-    """Hands every aten op of the thread to `run(func, args, kwargs)`, and undoes itself."""
+    """Runs every aten op of the thread as `choose(func)` says, and undoes itself.
 
-    def __init__(self, run, description, settings):
+    What was chosen for an op, a function of `(args, kwargs)`, holds for all its calls: a small
+    model is thousands of small ops, and what is asked anew for each takes longer than they do.
+    """
+
+    def __init__(self, choose, description, settings):
         super().__init__()
-        self.run = run
+        self.choose = cache(choose)
         self.description = description
         self.settings = settings
         self.shadows = 0  # emulations entered inside this one: the innermost alone acts
@@ -34,7 +38,7 @@ class Emulation(TorchDispatchMode):
             # rules and faults as under no_grad.
             with self:
                 return func.decompose(*args, **kwargs)
-        return self.run(func, args, kwargs)
+        return self.choose(func)(args, kwargs)
 
 
 @cache
@@ -44,13 +48,13 @@ def is_composite(func) -> bool:
 
 
 @contextmanager
-def emulating(run, description, settings):
-    """Run the body under `run`; the emulations around it rest until it ends."""
+def emulating(choose, description, settings):
+    """Run the body as `choose` says; the emulations around it rest until it ends."""
     outer = find_emulations()
     for emulation in outer:
         emulation.shadows += 1
     try:
-        with Emulation(run, description, settings) as emulation:
+        with Emulation(choose, description, settings) as emulation:
             yield emulation
     finally:
         for emulation in outer:

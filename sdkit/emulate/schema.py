@@ -98,6 +98,7 @@ def choose_work_dtype(func) -> torch.dtype:
     return torch.float64 if torch.Tag.pointwise in func.tags else torch.float32
 
 
+@cache
 def is_view(func) -> bool:
     """Whether the op returns a view of an argument, or only changes its shape in place."""
     if torch.Tag.inplace_view in func.tags:

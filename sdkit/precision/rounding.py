@@ -1,5 +1,6 @@
 """float16's rounding without float16's range: what a healthy float16 would cost a faulty model."""
 
+import math
 from contextlib import ExitStack, contextmanager
 
 import torch
@@ -95,4 +96,7 @@ def round_significand(values: torch.Tensor, dropped: int, grid=1.0) -> torch.Ten
     bits = values.contiguous().view(torch.int32)
     half = (1 << (dropped - 1)) - 1
     rounded = (bits >> dropped).bitwise_and_(1).add_(bits).add_(half).bitwise_and_(-1 << dropped)
-    return torch.where(values.isfinite(), rounded.view(torch.float32), values)
+    rounded = rounded.view(torch.float32)
+    if math.isfinite(values.sum()):  # one pass, and the sum of finite numbers may be Inf: look closer
+        return rounded
+    return torch.where(values.isfinite(), rounded, values)

@@ -61,9 +61,9 @@ def _compare(case, notebook, grid, limit):
         (values,) = grid["grid"].items()
         fixed = "".join(f" -p {name} {value}" for name, value in grid.get("fixed", {}).items())
         loop = (
-            f"for v in {' '.join(map(str, values[1]))}; do papermill {notebook} {folder}/$v.ipynb "
-            f"-p {values[0]} $v{fixed} -p output_folder {folder}/loop_$v --cwd {notebook.parent} "
-            "--no-progress-bar || exit 1; done"
+            f"for v in {' '.join(map(str, values[1]))}; do {sys.executable} -m papermill {notebook} "
+            f"{folder}/$v.ipynb -p {values[0]} $v{fixed} -p output_folder {folder}/loop_$v "
+            f"--cwd {notebook.parent} --no-progress-bar --log-level WARNING || exit 1; done"
         )
         sweep = [sys.executable, "-c", SWEEP, str(notebook), json.dumps(grid), f"{folder}/sweep"]
         baseline_seconds, baseline_cpu = _time(["bash", "-c", loop])
@@ -89,7 +89,7 @@ def _compare(case, notebook, grid, limit):
 def _time(command):
     """Returns (wall seconds, CPU seconds of it and its children) of a command that succeeds."""
     before, started = os.times(), time.perf_counter()
-    subprocess.run(command, check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
     after = os.times()
     cpu = after.children_user - before.children_user + after.children_system
     return time.perf_counter() - started, cpu - before.children_system
