@@ -33,16 +33,16 @@ PROMPT = "black boots on grass"
 
 @pytest.fixture(scope="module")
 def cells():
-    return run_ablation("mini", PROMPT, backend="cpu", **SMALL)
+    # float32's half of the grid is asked of notebook 01, in its check cell.
+    return run_ablation("mini", PROMPT, backend="cpu", dtypes=("float16",), **SMALL)
 
 
 def test_black_is_slicing_on_the_faulty_kernel_and_nothing_else(cells):
-    assert len(cells) == 2 * 2 * len(list_conditions(is_emulated=True)) == 32
-    broken = {(c.dtype, c.attention, c.kernel, c.memory) for c in cells if c.outcome != "valid"}
+    assert len(cells) == 2 * len(list_conditions(is_emulated=True)) == 16
+    broken = {(c.attention, c.kernel, c.memory) for c in cells if c.outcome != "valid"}
     assert broken == {
-        ("float16", "diffusers-sliced", FAULTY, "stale_float32"),
-        ("float16", "diffusers-sliced", FAULTY, "nan"),
-        ("float32", "diffusers-sliced", FAULTY, "nan"),
+        ("diffusers-sliced", FAULTY, "stale_float32"),
+        ("diffusers-sliced", FAULTY, "nan"),
     }
     assert {(c.outcome, c.step) for c in cells if c.problem} == {("unet", 0)}
     assert all((cell.image is None) == (cell.problem is not None) for cell in cells)

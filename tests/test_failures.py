@@ -3,7 +3,7 @@
 import pytest
 from test_plan import scale_inside
 
-from sdkit.precision.failures import FAILURES, HEALTHY, Failure, climb_failures
+from sdkit.precision.failures import FAILURES, HEALTHY, Failure, choose_failures, climb_failures
 from sdkit.precision.ladder_table import tabulate_ladder
 from sdkit.precision.rungs import AS_IT_IS, FLOAT32, HOW
 from sdkit.validation import ValidationError
@@ -15,6 +15,14 @@ BY_NAME = {failure.name: failure for failure in FAILURES}
 
 def overflow_inside(pipe):
     scale_inside(pipe.unet, "mid_block.resnets.0", 17)
+
+
+def test_failures_are_chosen_by_name_and_the_control_stays():
+    assert choose_failures() == FAILURES
+    names = [failure.name for failure in choose_failures(["VAE overflow", "early rounding"])]
+    assert names == [HEALTHY.name, "early rounding", "VAE overflow"]
+    with pytest.raises(ValidationError, match="'VAE' is not known; expected nothing"):
+        choose_failures(["VAE"])
 
 
 @pytest.mark.slow  # notebook 02 climbs the same ladder on the bundled model

@@ -29,6 +29,7 @@ from sdkit.precision.headroom import measure_headroom
 from sdkit.precision.ladder import Rung, climb
 from sdkit.precision.rebalancing import amplify, find_largest
 from sdkit.precision.streams import find_streams
+from sdkit.validation import ValidationError
 
 PROBE = {"prompts": "a shoe", "num_inference_steps": 2}  # to find out how large numbers are
 
@@ -87,6 +88,19 @@ FAILURES = (
     Failure("overflow everywhere", amplify_until_it_overflows),
     Failure("one NaN weight", spoil_weight),
 )  # fmt: skip
+
+
+def choose_failures(names=()) -> tuple[Failure, ...]:
+    """The named ones of `FAILURES` in their order, and the control in any case; all for none.
+
+    Raises:
+        ValidationError: A name that is none of theirs.
+    """
+    known = [failure.name for failure in FAILURES]
+    for name in names:
+        if name not in known:
+            raise ValidationError(f"failures: {name!r} is not known; expected {', '.join(known)}.")
+    return tuple(f for f in FAILURES if not names or f is HEALTHY or f.name in names)
 
 
 def climb_failures(

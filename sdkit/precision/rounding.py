@@ -97,6 +97,6 @@ def round_significand(values: torch.Tensor, dropped: int, grid=1.0) -> torch.Ten
     half = (1 << (dropped - 1)) - 1
     rounded = (bits >> dropped).bitwise_and_(1).add_(bits).add_(half).bitwise_and_(-1 << dropped)
     rounded = rounded.view(torch.float32)
-    if math.isfinite(values.sum()):  # one pass, and the sum of finite numbers may be Inf: look closer
+    if math.isfinite(values.sum()):  # one pass; finite numbers may have the sum Inf: look closer
         return rounded
     return torch.where(values.isfinite(), rounded, values)

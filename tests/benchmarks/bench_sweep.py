@@ -18,8 +18,8 @@ import nbformat
 from sdkit import load_results
 
 ROOT = Path(__file__).parent.parent.parent
-LIGHT_RUNS, HEAVY_RUNS = 12, 4
-SMALL = {"num_inference_steps": 3, "image_size": 64}
+LIGHT_RUNS, HEAVY_RUNS = 12, 2
+SMALL = {"num_inference_steps": 1, "image_size": 64}
 SWEEP = (
     "import json, sys; from sdkit import run_sweep; "
     "run_sweep(sys.argv[1], json.loads(sys.argv[2]), output=sys.argv[3], progress=False)"
@@ -61,8 +61,9 @@ def _compare(case, notebook, grid, limit):
         (values,) = grid["grid"].items()
         fixed = "".join(f" -p {name} {value}" for name, value in grid.get("fixed", {}).items())
         loop = (
-            f"for v in {' '.join(map(str, values[1]))}; do {sys.executable} -m papermill {notebook} "
-            f"{folder}/$v.ipynb -p {values[0]} $v{fixed} -p output_folder {folder}/loop_$v "
+            f"for v in {' '.join(map(str, values[1]))}; do {sys.executable} -m papermill "
+            f"{notebook} {folder}/$v.ipynb "
+            f"-p {values[0]} $v{fixed} -p output_folder {folder}/loop_$v "
             f"--cwd {notebook.parent} --no-progress-bar --log-level WARNING || exit 1; done"
         )
         sweep = [sys.executable, "-c", SWEEP, str(notebook), json.dumps(grid), f"{folder}/sweep"]
