@@ -15,6 +15,8 @@ from diffusers import (
     DiffusionPipeline,
     StableDiffusionControlNetPipeline,
     UNet2DConditionModel,
+    UNetControlNetXSModel,
+    UNetMotionModel,
 )
 from diffusers.models.attention_processor import IPAdapterAttnProcessor2_0
 from peft import LoraConfig
@@ -26,6 +28,7 @@ from sdkit import ValidationError, amplify, load_pipeline, measure_headroom, reb
 from sdkit.emulate import float16_arithmetic, mps
 from sdkit.guarding import guard
 from sdkit.loading.border_casts import map_floats
+from sdkit.loading.rebalanced import remove_checks
 from sdkit.loading.sidecar import SIDECAR_NAME
 from sdkit.precision import Headroom, RebalanceReport, save_rebalanced
 from sdkit.precision.exponents import SUBNORMAL_SHARE
@@ -541,6 +544,27 @@ def test_a_t2i_adapter_and_an_ip_adapter_are_refused(unet):
         run(unet)
 
 
+@pytest.mark.parametrize(
+    "rebuild",
+    [
+        UNetMotionModel.from_unet2d,
+        ControlNetModel.from_unet,
+        lambda unet: UNetControlNetXSModel.from_unet(unet, size_ratio=0.5, ctrl_optional_kwargs={}),
+    ],
+)
+def test_a_model_rebuilt_from_the_parts_is_refused(rebuild):
+    """Its norms would have the eps of the code: a picture that is a little wrong, in silence."""
+    unet = build_sd2_unet()
+    rebuild(copy.deepcopy(unet))
+    amplify(unet, EXPONENT)
+    for moved in (unet, copy.deepcopy(unet)):
+        with pytest.raises(ValidationError, match="copied part by part .* from the original UNet"):
+            rebuild(moved)
+        assert moved.state_dict() and torch.nn.ModuleDict({"unet": moved}).state_dict()
+    remove_checks(unet)
+    rebuild(unet)
+
+
 def test_textual_inversion_is_right_as_it_is(tokenizer_folder):
     """It adds tokens to the text encoder, which is never moved."""
     pipe = build_tiny_pipe(tokenizer_folder)
@@ -688,6 +712,17 @@ def test_a_headroom_of_another_model_is_refused(unet):
         ValidationError, match="headroom: got a dict, expected what measure_headroo"
     ):
         rebalance(unet, {})
+
+
+def test_a_headroom_of_another_model_of_the_same_architecture_is_refused(tokenizer_folder):
+    pipe, other = (build_tiny_pipe(tokenizer_folder, seed=seed) for seed in (0, 1))
+    headroom = measure_headroom(pipe, "a shoe", num_inference_steps=1)
+    state = keep_state(other.unet)
+    for found in (headroom, Headroom.from_json(headroom.to_json())):
+        with pytest.raises(ValidationError, match=r"measured on another unet \(values\)"):
+            rebalance(other.unet, found)
+    assert are_equal(other.unet.state_dict().values(), state.values())
+    assert rebalance(pipe.unet, headroom).is_unchanged
 
 
 def test_a_model_of_zeros_is_left_alone(unet):

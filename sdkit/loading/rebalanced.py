@@ -4,6 +4,8 @@ What is added was made for the model as it was before, so it is scaled, or refus
 
 - A ControlNet's residuals are multiplied by their streams' powers of two: exact.
 - LoRA on a layer that was moved, an IP-Adapter, a T2I-Adapter: refused, before anything is drawn.
+- AnimateDiff, ControlNet-XS and ControlNets made from a UNet copy its weights part by part into
+  norms with the eps of their code: refused, when they begin to.
 - Textual inversion adds tokens to the text encoder, which is never rebalanced: right as it is.
 """
 
@@ -14,6 +16,7 @@ from types import MethodType
 import torch
 from diffusers import UNet2DConditionModel
 
+from sdkit.loading.modules import find_models
 from sdkit.loading.sidecar import MARK, SIDECAR_NAME, find_shift, read_sidecar, save_sidecar
 from sdkit.validation import ValidationError
 
@@ -24,8 +27,7 @@ def apply_sidecars(pipe, folder) -> list[str]:
     Returns:
         A sentence for each.
     """
-    modules = {n: c for n, c in pipe.components.items() if isinstance(c, torch.nn.Module)}
-    found = [apply_sidecar(module, Path(folder) / name) for name, module in modules.items()]
+    found = [apply_sidecar(model, Path(folder) / name) for name, model in find_models(pipe).items()]
     return [sentence for sentence in found if sentence]
 
 
@@ -62,6 +64,7 @@ def install_checks(model, shift):
     model.save_pretrained = MethodType(save_with_sidecar, model)  # bound: a copy saves itself
     if isinstance(model, UNet2DConditionModel):
         model.register_forward_pre_hook(check_call, with_kwargs=True)
+        model.time_embedding.register_state_dict_pre_hook(refuse_rebuilding)
         for function in (add_adapter, load_lora_adapter, fuse_lora):
             setattr(model, function.__name__, MethodType(function, model))
 
@@ -72,6 +75,9 @@ def remove_checks(model):
     for key, hook in list(model._forward_pre_hooks.items()):
         if hook is check_call:
             del model._forward_pre_hooks[key], model._forward_pre_hooks_with_kwargs[key]
+    hooks = getattr(model, "time_embedding", model)._state_dict_pre_hooks
+    for key in [key for key, hook in hooks.items() if hook is refuse_rebuilding]:
+        del hooks[key]
     for name in (MARK, "save_pretrained", "add_adapter", "load_lora_adapter", "fuse_lora"):
         vars(model).pop(name, None)
 
@@ -127,6 +133,16 @@ def check_additions(model):
             processor = model.get_submodule(path.removesuffix(".to_v")).processor
             if isinstance(processor, torch.nn.Module):
                 refuse(f"{path} has a {type(processor).__name__} beside it")
+
+
+def refuse_rebuilding(module, prefix, keep_vars):
+    """A state dict of the whole model has a prefix here; who asks for the part alone copies it."""
+    if not prefix:
+        raise ValidationError(
+            "unet: its weights are copied part by part into another model, which gives its norms "
+            "the eps of its code, but sdkit has rebalanced this one, and it needs its own. Make "
+            "the other model (AnimateDiff, ControlNet-XS, a ControlNet) from the original UNet."
+        )
 
 
 def scale_residuals(kwargs, shift):

@@ -168,6 +168,8 @@ def take_fingerprint(pipe) -> dict:
 
 
 def describe_model(model) -> dict:
+    """The fingerprint of one component; what torch.compile wraps is the same model."""
+    model = getattr(model, "_orig_mod", model)
     shapes, values, unknown = hashlib.sha256(), hashlib.sha256(), False
     for name, parameter in sorted(model.named_parameters()):
         shapes.update(f"{name}{tuple(parameter.shape)}".encode())
@@ -183,6 +185,12 @@ def describe_model(model) -> dict:
     }
 
 
+def find_differences(expected: dict, found: dict) -> list[str]:
+    """In what two models' fingerprints differ, as far as both are known."""
+    pairs = {name: {value, found.get(name)} for name, value in expected.items()}
+    return [name for name, pair in pairs.items() if len(pair) > 1 and None not in pair]
+
+
 def check_recipe(pipe, recipe: Recipe) -> Recipe:
     """Returns a recipe that belongs to a pipeline.
 
@@ -192,11 +200,7 @@ def check_recipe(pipe, recipe: Recipe) -> Recipe:
     present = take_fingerprint(pipe)
     for name, expected in recipe.fingerprint.items():
         found = present.get(name, {})
-        differing = [
-            key
-            for key, value in expected.items()
-            if found.get(key) != value and None not in (found.get(key), value)
-        ]
+        differing = find_differences(expected, found)
         if not found or differing:
             raise ValidationError(
                 f"recipe: made for {recipe.model}; this {name} is another "

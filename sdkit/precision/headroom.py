@@ -11,6 +11,7 @@ import torch
 from sdkit.guarding import find_components, unguarded
 from sdkit.loading.border_casts import map_floats
 from sdkit.loading.lifting import in_float32
+from sdkit.loading.recipe import take_fingerprint
 from sdkit.loading.sidecar import find_shift
 from sdkit.precision.drawing import check_request
 from sdkit.precision.op_ranges import OpRanges
@@ -72,6 +73,8 @@ class Headroom:
         seed: Of its noise.
         source: What was run: "3 prompts" or "synthetic latents".
         exponents: {component: {stream: e}} of those that were rebalanced when they were measured.
+        fingerprint: {component: what identifies it}, see `take_fingerprint`; empty where that was
+            not asked.
     """
 
     ops: tuple[OpHeadroom, ...]
@@ -80,6 +83,7 @@ class Headroom:
     seed: int
     source: str
     exponents: dict[str, dict[str, int]] = field(default_factory=dict)
+    fingerprint: dict[str, dict] = field(default_factory=dict)
 
     def predict(self, dtype="float16") -> list[tuple[str, str]]:
         """(module, op) of what goes wrong in a dtype, in the order of the run.
@@ -196,6 +200,7 @@ def measure_headroom(pipe, prompts, *, seed=0, **pipe_kwargs) -> Headroom:
         seed=seed,
         source=f"{len(prompts)} prompt{'s' * (len(prompts) > 1)}",
         exponents=find_exponents(find_components(pipe)),
+        fingerprint=take_fingerprint(pipe),
     )
 
 

@@ -14,6 +14,7 @@ from diffusers import AutoencoderKL
 
 from sdkit.generation.request import check_number
 from sdkit.loading.rebalanced import install_checks, remove_checks
+from sdkit.loading.recipe import describe_model, find_differences
 from sdkit.loading.sidecar import Shift, find_shift, measure_largest
 from sdkit.precision.exponents import MARGIN_BITS, choose_exponents, find_needs
 from sdkit.precision.headroom import (
@@ -73,6 +74,7 @@ def rebalance(model, headroom: Headroom | None = None, *, seed=0) -> RebalanceRe
     calls = make_calls(model, seed=seed)
     if headroom is None:
         headroom = measure_calls(model, root, calls, seed)
+    check_headroom(headroom, model, root)
     headroom = bring_up_to_date(headroom, model, streams, root)
     largest = find_largest(headroom, streams, root)
     unseen = tuple(name for name in streams.names if name not in largest)
@@ -220,6 +222,23 @@ def bring_up_to_date(headroom: Headroom, model, streams: Streams, root) -> Headr
 
     ops = tuple(move(op) if op.stage == root else op for op in headroom.ops)
     return replace(headroom, ops=ops, exponents=headroom.exponents | {root: now})
+
+
+def check_headroom(headroom: Headroom, model, root) -> Headroom:
+    """Returns a headroom that was not measured on another model of the same architecture.
+
+    Raises:
+        ValidationError: It was. Weights that were moved since cannot be compared.
+    """
+    differing = find_differences(headroom.fingerprint.get(root, {}), describe_model(model))
+    if find_exponents({root: model}).get(root) != headroom.exponents.get(root):
+        differing = [name for name in differing if name != "values"]
+    if differing:
+        raise ValidationError(
+            f"headroom: was measured on another {root} ({', '.join(differing)}). Measure this one "
+            "with measure_headroom, or leave it out."
+        )
+    return headroom
 
 
 def complete(headroom: Headroom, synthetic: Headroom) -> Headroom:
