@@ -63,6 +63,13 @@ def test_memory_of_a_real_device_holds_what_was_chosen(memory, filled):
     assert not torch.are_deterministic_algorithms_enabled()
 
 
+def test_nan_is_filled_in_where_somebody_switched_that_off(monkeypatch):
+    monkeypatch.setattr(torch.utils.deterministic, "fill_uninitialized_memory", False)
+    with on_device("nan"):
+        assert torch.empty(3, 4).isnan().all()
+    assert not torch.utils.deterministic.fill_uninitialized_memory
+
+
 def test_a_cell_runs_on_the_real_device_too():
     pipe, _ = load_pipeline("mini", backend="cpu", dtype="float32", attention="diffusers-sliced")
     for memory in ("as it comes", "zeros", "nan"):

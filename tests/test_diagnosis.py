@@ -8,10 +8,12 @@ import torch
 from broken_attention import MathProcessor, divide_zero_by_zero
 from diffusers import KDPM2AncestralDiscreteScheduler
 from diffusers.models.attention_processor import AttnProcessor, AttnProcessor2_0
+from planting import find_module
 from tiny_pipelines import build_tiny_pipe, build_tiny_xl_pipe
 
 from sdkit import diagnose
 from sdkit.diagnosis import CAUSES
+from sdkit.diagnosis.model import diagnose_model
 from sdkit.emulate import Fault, float16_arithmetic, mps
 from sdkit.validation import ValidationError
 
@@ -330,6 +332,11 @@ def test_an_in_place_fault_has_its_reproduction(tiny_pipe):
     assert "deepcopy" in diagnosis.reproduction
 
 
+def test_one_prompt_for_a_model_is_no_list_of_letters(tiny_folder):
+    found = diagnose_model(tiny_folder, "a shoe", backend="cpu", **FAST)
+    assert found.evidence["images"] == 1
+
+
 def test_a_negative_prompt_may_be_words(tiny_pipe):
     assert diagnose(tiny_pipe, ["a", "b"], negative_prompt="blurred", **FAST).is_healthy
 
@@ -386,6 +393,53 @@ def test_squares_that_overflow_in_a_norm_make_zeros_and_are_found(tiny_pipe):
     assert (diagnosis.cause, diagnosis.op) == ("hidden-nan", "aten.pow.Tensor_Scalar")
     assert diagnosis.module == "vae.decoder.conv_norm_out"
     assert "rsqrt" in diagnosis.evidence["swallowed_by"]
+
+
+@pytest.mark.parametrize(
+    "repair",
+    [
+        lambda bad: bad.nan_to_num(0.0),
+        lambda bad: torch.where(bad.isnan(), 0.0, bad),
+        lambda bad: bad.masked_fill_(bad.isnan(), 0.0),
+        lambda bad: torch.clamp(bad.fill_(float("inf")), -1.0, 1.0),
+        lambda bad: bad.index_put_((bad.isnan(),), torch.zeros(())),
+    ],
+)
+def test_a_nan_made_and_repaired_within_one_module_is_told(tiny_pipe, repair):
+    def spoil(query, key, scores):
+        return scores + repair(scores / 0 * 0)
+
+    find_module(tiny_pipe, ATTENTION).set_processor(MathProcessor(spoil))
+    found = diagnose(tiny_pipe, "a shoe", prove=True, **FAST)
+    assert (found.cause, found.module) == ("hidden-nan", ATTENTION)
+    assert found.proven and found.proof.startswith("MathProcessor replaced by SDPA")
+
+
+def test_a_hidden_nan_that_does_not_come_back_is_at_least_told(tiny_pipe):
+    calls = iter(range(100))
+
+    def strike_once(func, args, kwargs, compute):
+        result = compute(func, args, kwargs)
+        return result * NAN if result.shape == (2, 64, 4, 4) and next(calls) == 6 else result
+
+    mid_block = tiny_pipe.unet.mid_block
+    mid_block.register_forward_hook(lambda module, args, output: output.nan_to_num(0.0))
+    with mps(faults=(Fault("once", ("aten.convolution",), (), "", strike_once),)):
+        found = diagnose(tiny_pipe, "a shoe", **FAST)
+    assert found.is_healthy and "second run" in found.evidence["within_a_component"]
+
+
+def test_a_valid_picture_alone_proves_no_cure_of_a_nan_that_was_lost(tiny_pipe):
+    """It was valid before: another attention leaves the hook that writes NaN as it is."""
+    tiny_pipe.unet.set_attn_processor(MathProcessor(lambda query, key, scores: scores))
+    attention = find_module(tiny_pipe, ATTENTION)
+    attention.register_forward_hook(lambda module, args, output: output / 0 * 0)
+    block = find_module(tiny_pipe, ATTENTION.removesuffix(".attn1"))
+    block.norm2.register_forward_pre_hook(lambda module, args: (args[0].nan_to_num(0.0),))
+    block.register_forward_hook(lambda module, args, output: output.nan_to_num(0.0))
+    found = diagnose(tiny_pipe, "a shoe", prove=True, **FAST)
+    assert (found.cause, found.module) == ("hidden-nan", ATTENTION)
+    assert found.proven and "without its hooks" in found.proof
 
 
 def raise_one_weight(pipe):

@@ -56,7 +56,10 @@ def test_an_edge_image_with_nan_is_bad_input(tokenizer_folder):
     pipe = controlled(tokenizer_folder)
     image = give_edges(pipe)["image"]
     image[0, 0, 3, 3] = NAN
-    assert diagnose(pipe, "a shoe", image=image, **FAST).cause == "bad-input"
+    found = diagnose(pipe, "a shoe", image=image, **FAST)
+    assert (found.stage, found.step, found.module) == ("unet", 0, "controlnet")
+    assert (found.cause, found.evidence["argument"]) == ("bad-input", "controlnet_cond")
+    assert found.evidence["nan_count"] == 2  # one for each half of the guidance
 
 
 def test_every_frame_of_a_video_is_looked_at(tokenizer_folder):

@@ -11,12 +11,12 @@ from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 
-import torch
 from PIL import Image
 
 from sdkit.attention import allow_unsafe_attention
 from sdkit.diagnosis.changes import ZeroedMemory
 from sdkit.emulate import EmulationWarning, mps
+from sdkit.emulate.memory import nan_filled_memory
 from sdkit.generation import generate
 from sdkit.loading import load_pipeline
 from sdkit.run_folder import replace_file
@@ -151,20 +151,6 @@ def on_device(memory, faults=None):
     fills = {"as it comes": nullcontext, "zeros": ZeroedMemory, "nan": nan_filled_memory}
     with fills[memory]():
         yield
-
-
-@contextmanager
-def nan_filled_memory():
-    """Lets torch fill fresh memory with NaN, on every device, by its deterministic mode."""
-    was_on = torch.are_deterministic_algorithms_enabled()
-    only_warned = torch.is_deterministic_algorithms_warn_only_enabled()
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message=".*deterministic")
-        torch.use_deterministic_algorithms(True, warn_only=True)
-        try:
-            yield
-        finally:
-            torch.use_deterministic_algorithms(was_on, warn_only=only_warned)
 
 
 def save_outcomes(path, cells, *, model, environment, settings, verdicts=()) -> Path:

@@ -4,7 +4,9 @@ It has the very inputs that it had, under the op-level trace: first as it is, th
 filled with NaN, for a fault that depends on memory may not come back by itself.
 """
 
+from contextlib import ExitStack
 from dataclasses import replace
+from inspect import signature
 
 import numpy as np
 import torch
@@ -13,10 +15,11 @@ from sdkit.diagnosis.cause import Cause, find_cause
 from sdkit.diagnosis.diagnosis import Diagnosis
 from sdkit.diagnosis.place import describe, place_of, stage_of
 from sdkit.diagnosis.trace import find_first_bad_op
-from sdkit.diagnosis.whole_run import find_in_whole_run
-from sdkit.finding import ComponentCall
+from sdkit.diagnosis.whole_run import find_in_whole_run, list_modules
+from sdkit.finding import ComponentCall, Finding, describe_bad, find_tensors
 from sdkit.guarding import find_components
 from sdkit.loading.modules import find_module
+from sdkit.validation import is_finite
 
 # What fresh memory holds in each replay, until one breaks again.
 REPLAY_MEMORIES = (None, "nan", None)
@@ -28,7 +31,7 @@ def examine_finding(pipe, run, call) -> Diagnosis:
     if finding.stage == "scheduler":
         return examine_between_calls(pipe, finding, call)
     if finding.tensor != "output":
-        return find_maker(pipe, finding, call) or blame_input(pipe, finding)
+        return find_maker(pipe, finding, call) or blame_input(pipe, finding, call)
     return examine_call(pipe, run)
 
 
@@ -46,10 +49,12 @@ def find_maker(pipe, finding, call) -> Diagnosis | None:
     return describe(stage_of(place_of(bad)), step, bad.module, bad, find_cause(bad))
 
 
-def blame_input(pipe, finding) -> Diagnosis:
+def blame_input(pipe, finding, call) -> Diagnosis:
     """What the caller handed in was bad on arrival."""
+    if finding.stage == "conditioning" and (fed := find_first_fed(pipe, call)):
+        finding = replace(fed, step=finding.step)
     stage = stage_of(finding.component)
-    step = 0 if stage == "unet" and finding.step is None else finding.step
+    step = finding.step or 0 if stage == "unet" else None
     evidence = {
         "argument": finding.tensor,
         "what_it_is": finding.stage,
@@ -62,6 +67,33 @@ def blame_input(pipe, finding) -> Diagnosis:
     return Diagnosis(
         stage, step, finding.component.partition(".")[0], None, "bad-input", evidence, remedy
     )
+
+
+def find_first_fed(pipe, call) -> Finding | None:
+    """What a part without a guard was given first that was bad: a ControlNet, an image encoder."""
+    found = []
+
+    def look_from(name, module):
+        parameters = list(signature(module.forward).parameters)
+
+        def look(module, args, kwargs):
+            given = dict(zip(parameters, args, strict=False)) | kwargs
+            for argument, value in given.items():
+                if "mask" in argument:  # -inf is how a mask says no
+                    continue
+                bad = (tensor for tensor in find_tensors(value) if not is_finite(tensor))
+                where = ("conditioning", None, None, name, argument)
+                found.extend(describe_bad(tensor, *where) for tensor in bad)
+
+        return look
+
+    with ExitStack() as undo:
+        for name in list_modules(pipe).keys() - find_components(pipe).keys():
+            module = getattr(pipe, name)
+            hook = module.register_forward_pre_hook(look_from(name, module), with_kwargs=True)
+            undo.callback(hook.remove)
+        call()
+    return found[0] if found else None
 
 
 def examine_between_calls(pipe, finding, call) -> Diagnosis:

@@ -47,6 +47,8 @@ def examine_images(pipe, run, call) -> Diagnosis:
     hidden = (run.has_hidden or not is_bright) and find_swallowed(pipe, call, is_bright)
     if hidden:
         return hidden
+    if run.has_hidden:
+        evidence["within_a_component"] = "NaN or Inf, of which no op lost one in a second run"
     evidence.update(find_unread_weights(pipe))
     if is_bright:
         return Diagnosis(

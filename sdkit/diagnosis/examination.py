@@ -57,6 +57,6 @@ def diagnose(pipe, prompts=None, *, seed=0, prove=False, **pipe_kwargs) -> Diagn
             diagnosis = prove_remedy(pipe, diagnosis, call)
     return replace(
         diagnosis,
-        environment=describe_environment(pipe._execution_device.type),
+        environment=describe_environment(str(pipe._execution_device)),
         emulated=find_emulation(),
     )

@@ -7,9 +7,10 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
+from sdkit.diagnosis.loss_watch import LossWatch
 from sdkit.diagnosis.module_watch import ModuleWatch
 from sdkit.finding import ComponentCall, Finding, NonFiniteError
-from sdkit.generation.request import MAXIMUM_SEED, check_known, check_number
+from sdkit.generation import request
 from sdkit.guarding import find_components, guard
 from sdkit.validation import ValidationError, judge_image
 
@@ -24,7 +25,7 @@ class Run:
         finding: The guard's first, or None.
         call: The component call it is about.
         suspect: Path of the first module whose output was bad in that call.
-        has_hidden: Whether a module's output was bad although every component's was finite.
+        has_hidden: Whether NaN or Inf was within a component, though what each put out was finite.
     """
 
     images: np.ndarray | None = None
@@ -54,17 +55,7 @@ def check_prompts(pipe, prompts, pipe_kwargs) -> list[str] | None:
         return None
     if prompts is None and pipe_kwargs.get("prompt_embeds") is not None:
         return [""] * len(pipe_kwargs["prompt_embeds"])
-    prompts = [prompts] if isinstance(prompts, str) else prompts
-    if not isinstance(prompts, (list, tuple)) or not prompts:
-        raise ValidationError(f"prompts: got {prompts!r}, expected a prompt or a list of prompts.")
-    for index, prompt in enumerate(prompts):
-        if not isinstance(prompt, str):
-            raise ValidationError(f"prompts[{index}]: got {prompt!r}, expected words.")
-        try:
-            prompt.encode()
-        except UnicodeEncodeError as error:
-            raise ValidationError(f"prompts[{index}]: is no valid Unicode ({error}).") from error
-    return list(prompts)
+    return request.check_prompts(prompts, allow_empty=True)
 
 
 def takes(pipe, argument) -> bool:
@@ -82,13 +73,13 @@ def check_arguments(pipe, seed, pipe_kwargs):
     """Raises for names and numbers with which the pipeline cannot be called."""
     if "prompt" in pipe_kwargs:
         raise ValidationError("prompt: expected as the second argument, prompts.")
-    check_known(pipe, pipe_kwargs)
-    check_number("seed", seed, minimum=0, maximum=MAXIMUM_SEED)
+    request.check_known(pipe, pipe_kwargs)
+    request.check_number("seed", seed, minimum=0, maximum=request.MAXIMUM_SEED)
     for name in ("num_inference_steps", "num_images_per_prompt", "num_videos_per_prompt"):
         if pipe_kwargs.get(name) is not None:
-            check_number(name, pipe_kwargs[name], minimum=1)
+            request.check_number(name, pipe_kwargs[name], minimum=1)
     if pipe_kwargs.get("guidance_scale") is not None:
-        check_number("guidance_scale", pipe_kwargs["guidance_scale"], kind=float)
+        request.check_number("guidance_scale", pipe_kwargs["guidance_scale"], kind=float)
 
 
 def check_pipeline(pipe):
@@ -139,12 +130,14 @@ def run_guarded(pipe, prompts, seed, pipe_kwargs) -> Run:
         # diffusers wants a negative prompt to be a list where the prompt is one.
         words = {name: v for name, v in pipe_kwargs.items() if name.startswith("negative_prompt")}
         arguments |= {n: [v] * len(prompts) for n, v in words.items() if isinstance(v, str)}
-    watch = ModuleWatch()
+    components = find_components(pipe)
+    watch, losses = ModuleWatch(), LossWatch()
     try:
         with (
             kept_state(arguments.get("generator")),
             guard(pipe) as report,
-            watch.installed(find_components(pipe)),
+            watch.installed(components),
+            losses.installed(components),
         ):
             output = pipe(**arguments)
     except NonFiniteError:
@@ -154,7 +147,7 @@ def run_guarded(pipe, prompts, seed, pipe_kwargs) -> Run:
     return Run(
         images=read_images(output),
         is_censored=tuple(censored or ()),
-        has_hidden=watch.has_seen_bad,
+        has_hidden=watch.has_seen_bad or losses.has_seen_bad,
     )
 
 

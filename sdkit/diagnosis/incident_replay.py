@@ -96,34 +96,50 @@ def examine_incident(pipe, incident, prove) -> Diagnosis:
         return diagnose(pipe, image["prompt"], seed=image["seed"], prove=prove, **pipe_kwargs)
     finding = read_finding(image["finding"])
     again = Run(finding=finding, call=move(incident.call, pipe._execution_device))
-    diagnosis = examine_finding(pipe, again, call)
-    recorded = f"{finding.device}, torch {run['environment'].get('torch')}"
-    evidence = {**diagnosis.evidence, "recorded_on": recorded}
-    if diagnosis.bad_op is None and diagnosis.cause == "backend-fault":
-        diagnosis = describe(
-            finding.stage, finding.step, diagnosis.module, None,
-            Cause(
-                "undecided",
-                {**evidence, "came_back_here": False},
-                "The same call on the same numbers is finite here: run `sdkit diagnose --incident` "
-                "on the machine that recorded it, where its backend is the suspect.",
-            ),
-        )  # fmt: skip
+    found = examine_finding(pipe, again, call)
+    if found.bad_op is None and found.cause == "backend-fault":
+        diagnosis = tell_gone(found, finding, incident)
     else:
-        came_back = diagnosis.bad_op is not None
-        evidence["came_back_here"] = came_back if finding.tensor == "output" else "not replayed"
-        if incident.lost:
-            evidence["not_in_the_bundle"] = list(incident.lost)
-        diagnosis = replace(diagnosis, evidence=evidence)
+        diagnosis = tell_replay(found, finding, incident)
         if prove and is_whole:
             diagnosis = prove_remedy(pipe, diagnosis, call)
         elif prove:
             diagnosis = replace(diagnosis, proof="the bundle does not hold the input image")
     return replace(
         diagnosis,
-        environment=describe_environment(pipe._execution_device.type),
+        environment=describe_environment(str(pipe._execution_device)),
         emulated=find_emulation(),
     )
+
+
+def tell_gone(found: Diagnosis, finding: Finding, incident) -> Diagnosis:
+    """A fault that did not come back here says nothing of the machine that recorded it."""
+    evidence = {**found.evidence, "recorded_on": tell_origin(finding, incident)}
+    cause = Cause(
+        "undecided",
+        {**evidence, "came_back_here": False},
+        "The same call on the same numbers is finite here: run `sdkit diagnose --incident` on the "
+        "machine that recorded it, where its backend is the suspect.",
+    )
+    return describe(finding.stage, finding.step, found.module, None, cause)
+
+
+def tell_origin(finding: Finding, incident) -> str:
+    """Device and torch of the machine that recorded an incident."""
+    return f"{finding.device}, torch {incident.run['environment'].get('torch')}"
+
+
+def tell_replay(found: Diagnosis, finding: Finding, incident) -> Diagnosis:
+    """A diagnosis with where its incident was recorded, and what its bundle lacks."""
+    came_back = found.bad_op is not None if finding.tensor == "output" else "not replayed"
+    evidence = {
+        **found.evidence,
+        "recorded_on": tell_origin(finding, incident),
+        "came_back_here": came_back,
+    }
+    if incident.lost:
+        evidence["not_in_the_bundle"] = list(incident.lost)
+    return replace(found, evidence=evidence)
 
 
 def read_finding(recorded: dict) -> Finding:

@@ -51,8 +51,8 @@ def diagnose_model(
             model, backend="cpu" if emulation else backend, dtype=dtype, attention=attention
         )
         with emulation() if emulation else nullcontext():
-            default = [PROMPT] if takes(pipe, "prompt") else None
-            return diagnose(pipe, list(prompts) if prompts else default, **arguments)
+            default = PROMPT if takes(pipe, "prompt") else None
+            return diagnose(pipe, prompts or default, **arguments)
 
 
 def choose_emulation(memory, faults):

@@ -73,6 +73,7 @@ def prove_remedy(pipe, diagnosis: Diagnosis, call) -> Diagnosis:
         The diagnosis with `proven` and `proof`, and the remedy that proved to do.
     """
     tried = []
+    is_hidden = "swallowed_by" in diagnosis.evidence  # then the images may be valid uncured
     if "finite_replays" in diagnosis.evidence and call().is_valid:
         proof = "an unchanged run is valid too, so no remedy can be proved on it"
         return replace(diagnosis, proof=proof)
@@ -83,7 +84,7 @@ def prove_remedy(pipe, diagnosis: Diagnosis, call) -> Diagnosis:
         except Exception as error:  # a trial that cannot run must not lose the diagnosis
             tried.append(f"{trial.what} could not be run ({type(error).__name__}: {error})")
             continue
-        if run.is_valid:
+        if run.is_valid and not (is_hidden and run.has_hidden):
             proof = f"{trial.what}: {len(run.images)} of {len(run.images)} images valid"
             remedy = trial.remedy or diagnosis.remedy
             return replace(diagnosis, proven=True, remedy=remedy, proof=proof)

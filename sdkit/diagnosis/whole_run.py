@@ -1,11 +1,10 @@
 """A whole pipeline call under the op-level trace, with every module that takes part in it."""
 
-import torch
-
 from sdkit.diagnosis.op_record import BadOp
 from sdkit.diagnosis.place import place_of, stage_of
 from sdkit.diagnosis.trace import find_first_bad_op
 from sdkit.guarding import find_components, find_denoisers
+from sdkit.loading.modules import find_models
 from sdkit.steps import StepCounter
 
 
@@ -32,9 +31,6 @@ def list_modules(pipe) -> dict:
     Beside what the guard watches it holds what makes conditioning, a ControlNet or an image
     encoder.
     """
-    others = {
-        name: module
-        for name, module in pipe.components.items()
-        if isinstance(module, torch.nn.Module) and name != "safety_checker"
-    }
-    return {**others, **find_components(pipe)}
+    models = {**find_models(pipe), **find_components(pipe)}
+    models.pop("safety_checker", None)
+    return models

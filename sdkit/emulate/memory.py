@@ -1,5 +1,7 @@
 """What a recycled allocator hands out: the emulator's own fill of memory nobody has written."""
 
+import warnings
+from contextlib import contextmanager
 from functools import cache
 
 import torch
@@ -58,6 +60,23 @@ def is_torch_filling() -> bool:
     """Whether the user asked torch itself to fill fresh memory with NaN, as it does on MPS too."""
     is_deterministic = torch.are_deterministic_algorithms_enabled()
     return is_deterministic and torch.utils.deterministic.fill_uninitialized_memory
+
+
+@contextmanager
+def nan_filled_memory():
+    """Lets torch fill fresh memory with NaN, on every device, by its deterministic mode."""
+    was_on = torch.are_deterministic_algorithms_enabled()
+    only_warned = torch.is_deterministic_algorithms_warn_only_enabled()
+    was_filling = torch.utils.deterministic.fill_uninitialized_memory
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=".*deterministic")  # ops that have no such form
+        torch.use_deterministic_algorithms(True, warn_only=True)
+        torch.utils.deterministic.fill_uninitialized_memory = True
+        try:
+            yield
+        finally:
+            torch.use_deterministic_algorithms(was_on, warn_only=only_warned)
+            torch.utils.deterministic.fill_uninitialized_memory = was_filling
 
 
 def make_stale_bytes(memory: str, generator: torch.Generator) -> torch.Tensor:

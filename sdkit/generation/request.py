@@ -13,8 +13,10 @@ from pathlib import Path
 from PIL import Image, ImageOps
 
 from sdkit.generation.incident import INCIDENT_FOLDER
-from sdkit.generation.record import RECORD_NAME, hash_pixels
+from sdkit.generation.provenance import hash_pixels
+from sdkit.generation.record import RECORD_NAME
 from sdkit.generation.step_record import STEPS_PATTERN
+from sdkit.guarding import find_denoisers
 from sdkit.run_folder import replace_file
 from sdkit.validation import ValidationError
 
@@ -63,7 +65,7 @@ def check_request(pipe, prompts, *, negative_prompt, seed, image_size, image):
     Raises:
         ValidationError: Prompts, seeds, sizes or input images that cannot be used.
     """
-    prompts = _check_prompts(prompts)
+    prompts = check_prompts(prompts)
     count = len(prompts)
     negative_prompts = _one_each(negative_prompt, (str, type(None)), count, "negative_prompt")
     input_images = input_origins = None
@@ -207,13 +209,17 @@ def prepare_folder(output_folder, request):
     return folder
 
 
-def _check_prompts(prompts):
-    if isinstance(prompts, str):
-        prompts = [prompts]
+def check_prompts(prompts, *, allow_empty=False) -> list[str]:
+    """Returns one prompt or several as a list of at least one; an empty one is words of nothing.
+
+    Raises:
+        ValidationError: None, or one that is no valid text, or is empty and must not be.
+    """
+    prompts = [prompts] if isinstance(prompts, str) else prompts
     if not isinstance(prompts, (list, tuple)) or not prompts:
         raise ValidationError(f"prompts: got {prompts!r}, expected a prompt or a list of prompts.")
     for index, prompt in enumerate(prompts):
-        if not isinstance(prompt, str) or not prompt.strip():
+        if not isinstance(prompt, str) or not (allow_empty or prompt.strip()):
             raise ValidationError(f"prompts[{index}]: got {prompt!r}, expected words.")
         try:
             prompt.encode()
@@ -246,7 +252,7 @@ def _check_size(pipe, image_size):
     """(height, width) in pixels; None is what the model was made for."""
     step = _find_size_step(pipe)
     if image_size is None:
-        sample_size = _find_denoiser(pipe).config.get("sample_size") or pipe.default_sample_size
+        sample_size = find_denoisers(pipe)[0].config.get("sample_size") or pipe.default_sample_size
         image_size = [side * pipe.vae_scale_factor for side in _pair(sample_size)]
     sides = _pair(image_size)
     for side in sides:
@@ -261,12 +267,8 @@ def _check_size(pipe, image_size):
 
 def _find_size_step(pipe):
     """Pixels of which both sides are multiples: of what one latent, or one token, stands for."""
-    patch_size = 2 if packs_latents(pipe) else _find_denoiser(pipe).config.get("patch_size", 1)
+    patch_size = 2 if packs_latents(pipe) else find_denoisers(pipe)[0].config.get("patch_size", 1)
     return pipe.vae_scale_factor * patch_size
-
-
-def _find_denoiser(pipe):
-    return getattr(pipe, "unet", None) or pipe.transformer
 
 
 def _pair(size):

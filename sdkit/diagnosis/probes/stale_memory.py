@@ -1,23 +1,12 @@
 """What must not be read: inputs that beta=0 excludes, memory that nobody wrote."""
 
-import warnings
-from contextlib import contextmanager
-
 import torch
 
 from sdkit.attention import count_leaks
-from sdkit.diagnosis.probes.probe import (
-    DIFFUSERS,
-    HALF,
-    PYTORCH,
-    SINGLE,
-    Check,
-    Probe,
-    compare,
-    compare_with,
-    draw,
-)
+from sdkit.diagnosis.probes.probe import HALF, SINGLE, Check, Probe, compare, compare_with, draw
 from sdkit.emulate import suspended
+from sdkit.emulate.faults.fault import DIFFUSERS, PYTORCH
+from sdkit.emulate.memory import nan_filled_memory
 
 NAN = float("nan")
 
@@ -29,23 +18,6 @@ def measure_leaks(multiply):
         return [Check(f"{case}: NaN", n) for case, n in count_leaks(multiply, device).items()]
 
     return measure
-
-
-@contextmanager
-def fresh_memory_is_nan():
-    """Lets torch itself fill what `torch.empty` gives out with NaN, on every backend."""
-    was_on = torch.are_deterministic_algorithms_enabled()
-    only_warned = torch.is_deterministic_algorithms_warn_only_enabled()
-    filled = torch.utils.deterministic.fill_uninitialized_memory
-    torch.use_deterministic_algorithms(True, warn_only=True)
-    torch.utils.deterministic.fill_uninitialized_memory = True
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", UserWarning)  # of ops without a deterministic kernel
-            yield
-    finally:
-        torch.use_deterministic_algorithms(was_on, warn_only=only_warned)
-        torch.utils.deterministic.fill_uninitialized_memory = filled
 
 
 def attend_through_a_buffer(query, key, value):
@@ -67,7 +39,7 @@ def measure_recycled_memory(device, thorough):
         share = found.isfinite().logical_not().double().mean().item()
     del found
     recycled = compare("recycled buffer", attend_through_a_buffer, *inputs, device=device)
-    with fresh_memory_is_nan():
+    with nan_filled_memory():
         filled = compare("NaN in fresh memory", attend_through_a_buffer, *inputs, device=device)
     told = Check("share of NaN or Inf that a fresh buffer held", share, allowed=1)  # any is honest
     return told, *recycled, *filled
