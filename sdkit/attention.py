@@ -17,9 +17,9 @@ import torch
 from sdkit.device import find_device_problem
 from sdkit.emulate import active as find_emulation
 from sdkit.emulate import suspended
+from sdkit.emulate.float16 import HALVES
 from sdkit.validation import ValidationError
 
-HALF_DTYPES = (torch.float16, torch.bfloat16)
 FIXED_IN = "2.14"  # of torch, on MPS: pytorch#187521
 NAN = float("nan")
 _allowed = ContextVar("unsafe attention is allowed", default=False)
@@ -58,7 +58,7 @@ def count_leaks(multiply, device):
     shape = (3, 3) if multiply is torch.addmm else (2, 3, 3)  # B, M, M
     full_shape = shape if multiply is torch.baddbmm else (3, 3)
     counts = {}
-    for dtype in (*HALF_DTYPES, torch.float32):
+    for dtype in (*HALVES, torch.float32):
         with suspended():
             if find_device_problem(device, dtype):
                 continue

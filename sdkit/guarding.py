@@ -13,8 +13,7 @@ import weakref
 from contextlib import ExitStack, contextmanager
 from contextvars import ContextVar
 from dataclasses import replace
-from functools import partial, wraps
-from types import MethodType
+from functools import partial
 
 import torch
 
@@ -26,6 +25,7 @@ from sdkit.finding import (
     describe_bad,
     find_tensors,
 )
+from sdkit.hooks import after_forward, after_method
 from sdkit.steps import StepCounter, name_denoiser_arguments
 from sdkit.validation import ValidationError, is_finite
 
@@ -194,58 +194,6 @@ def _watch_component(name, component, watch, undo):
 
 def _is_resting(component):
     return any(component is resting for resting in _resting.get())
-
-
-def is_compiled(component) -> bool:
-    """Whether `torch.compile` or `module.compile` is on a component or within it.
-
-    A hook inside would be traced into the graph, or refused by fullgraph.
-    """
-    return any(
-        module._compiled_call_impl is not None or type(module).__name__ == "OptimizedModule"
-        for module in component.modules()
-    )
-
-
-def after_forward(module, look, undo):
-    """Calls look(args, kwargs, output) after each call of a module, until `undo` is closed.
-
-    What it returns, if anything, takes the place of the output, as with a forward hook.
-    """
-    # A hook would be traced into what `module.compile()` made: recompiled, or refused by fullgraph.
-    compiled = module._compiled_call_impl
-    if compiled is None:
-        handle = module.register_forward_hook(
-            lambda _, args, kwargs, output: look(args, kwargs, output), with_kwargs=True
-        )
-        undo.callback(handle.remove)
-        return
-
-    def call(*args, **kwargs):
-        output = compiled(*args, **kwargs)
-        replacement = look(args, kwargs, output)
-        return output if replacement is None else replacement
-
-    module._compiled_call_impl = call
-    undo.callback(setattr, module, "_compiled_call_impl", compiled)
-
-
-def after_method(vae, method, look, undo):
-    """The same for `vae.encode`, `vae.decode` or `scheduler.step`, which fire no hook.
-
-    Hooks on the inner encoder and decoder would see single slices and tiles, would miss the
-    convolutions beside them, and would be lost where the user compiled `vae.decode`.
-    """
-    own = vars(vae).get(method)  # a compiled method, or another guard's
-
-    @wraps(own or getattr(type(vae), method))  # pipelines ask a scheduler's step for its parameters
-    def call(vae, *args, **kwargs):
-        output = own(*args, **kwargs) if own else getattr(type(vae), method)(vae, *args, **kwargs)
-        replacement = look(args, kwargs, output)
-        return output if replacement is None else replacement
-
-    setattr(vae, method, MethodType(call, vae))  # a bound method: a deep copy calls its own weights
-    undo.callback(setattr, vae, method, own) if own else undo.callback(delattr, vae, method)
 
 
 class _Watch:

@@ -10,7 +10,7 @@ ROOT = Path(__file__).parents[1]
 FLOORS = (  # from the ground up; a floor may look at those before it, and into itself
     ("verdict", "run_folder", "emulate", "memory"),
     ("validation", "figures"),
-    ("device", "finding", "slicing", "mini", "steps"),
+    ("device", "finding", "slicing", "mini", "steps", "hooks"),
     ("attention", "guarding"),
     ("loading",),
     ("generation",),

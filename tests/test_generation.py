@@ -10,14 +10,15 @@ import pytest
 import torch
 from diffusers import DDPMPipeline, DDPMScheduler, EulerDiscreteScheduler
 from diffusers.pipelines.stable_diffusion.safety_checker import StableDiffusionSafetyChecker
-from PIL import Image
+from PIL import Image, PngImagePlugin
 from tiny_pipelines import build_tiny_flux_pipe, build_tiny_sd3_pipe
 from transformers import CLIPConfig, CLIPImageProcessor
 
 from sdkit.emulate import mps
 from sdkit.finding import NonFiniteError
 from sdkit.generation import generate
-from sdkit.generation.record import RunRecord, read_provenance
+from sdkit.generation.provenance import read_provenance
+from sdkit.generation.record import RunRecord
 from sdkit.generation.request import RESERVED
 from sdkit.validation import ValidationError, check_image_file
 
@@ -379,8 +380,13 @@ def test_a_full_disk_leaves_nothing_half_written(tiny_pipe, tmp_path):
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (500, limits[1]))
     try:
-        with pytest.raises(ValidationError, match="cannot be written.*Free some space") as caught:
-            generate(tiny_pipe, "a", output_folder=tmp_path, **FAST)
+        with (
+            pytest.warns(UserWarning, match="odd"),  # the full disk takes none of it away
+            pytest.raises(ValidationError, match="cannot be written.*Free some space") as caught,
+        ):
+            generate(
+                tiny_pipe, "a", callback_on_step_end=warn_on_step, output_folder=tmp_path, **FAST
+            )
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     assert names(tmp_path) == []
@@ -462,7 +468,11 @@ def test_what_is_no_pipeline_is_refused(tiny_pipe):
 def test_provenance_of_what_generate_did_not_write(tmp_path):
     Image.new("RGB", (8, 8)).save(tmp_path / "plain.png")
     (tmp_path / "text.png").write_text("no image")
+    damaged = PngImagePlugin.PngInfo()
+    damaged.add_text("sdkit", "{")
+    Image.new("RGB", (8, 8)).save(tmp_path / "damaged.png", pnginfo=damaged)
     for name, message in (
+        ("damaged.png", "its provenance is damaged"),
         ("plain.png", "no provenance"),
         ("text.png", "cannot be read"),
         ("none.png", "No such file"),

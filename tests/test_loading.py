@@ -30,6 +30,7 @@ from sdkit.loading.border_casts import install_border_casts, remove_border_casts
 from sdkit.loading.checkpoint import find_checkpoint
 from sdkit.loading.dtype_policy import choose_dtypes, find_cautions, find_memory_caution
 from sdkit.loading.memory_need import find_activations_gib
+from sdkit.loading.recipe import RECIPE_VERSION, Recipe, take_fingerprint
 from sdkit.loading.weights import check_components
 from sdkit.precision import predict_memory
 from sdkit.validation import ValidationError
@@ -527,6 +528,18 @@ def test_a_report_of_before_the_guard_was_in_it_still_loads(tiny_folder):
     content = json.loads(report.to_json())
     del content["guard"]
     assert LoadReport.from_json(json.dumps(content)).guard == "off"
+
+
+def test_the_report_tells_the_dtypes_of_a_recipe_as_they_are(tiny_pipe, tiny_folder):
+    recipe = Recipe(
+        version=RECIPE_VERSION, model="tiny", fingerprint=take_fingerprint(tiny_pipe),
+        dtype="float16", float32=("vae", "unet.conv_in"), psnr_db=60.0, healthy_db=60.0,
+        tolerance_db=1.0, trials=1, bisect_trials=None, weight_bytes=1, float32_weight_bytes=2,
+        prompts=("a shoe",), made_on={},
+    )  # fmt: skip
+    pipe, report = load_pipeline(tiny_folder, backend="cpu", recipe=recipe, progress=False)
+    assert report.dtypes == {"text_encoder": "float16", "unet": "float16", "vae": "float32"}
+    assert (pipe.vae.dtype, pipe.unet.conv_out.weight.dtype) == (torch.float32, torch.float16)
 
 
 def test_loading_leaves_pythons_and_the_libraries_settings_as_they_were(tiny_folder):

@@ -6,7 +6,7 @@ What a version table says is a hint; the probes decide. Sources: the threads of 
 import re
 from dataclasses import dataclass
 
-from sdkit.diagnosis.probes.probe import DIFFUSERS, PYTORCH
+from sdkit.emulate.faults.fault import DIFFUSERS, PYTORCH
 
 COMFYUI = "https://github.com/Comfy-Org/ComfyUI/issues"
 

@@ -10,7 +10,8 @@ import torch
 
 from sdkit.emulate.mode import suspended
 from sdkit.finding import find_tensors
-from sdkit.guarding import find_components, is_compiled
+from sdkit.guarding import find_components
+from sdkit.hooks import is_compiled
 
 
 class ModuleWatch:

@@ -180,7 +180,7 @@ def plot_bad_op(bad):
         figure.text(centre / width, y, "→", ha="center", va="center", fontsize=22, color=QUIET)
         figure.text(centre / width, y - 0.08, "\n".join(lines), ha="center", va="top", fontsize=9)
         draw(width - tile, *outputs[0])
-        title = f"{bad.module or f'after {bad.after}'}: the first op with a NaN"
+        title = f"{bad.module or f'after {bad.after}'}: the first op with NaN or Inf"
         figure.text(0, 1, title, fontsize=11, fontweight="bold", va="top")
         foot = f"A corner of {TENSOR_SIDE} x {TENSOR_SIDE} values of each; NaN and Inf are red.  "
         foot += bad.source or ""

@@ -26,19 +26,18 @@ from sdkit.device import MemoryMeter, synchronize
 from sdkit.finding import NonFiniteError
 from sdkit.generation.caught_warnings import CaughtWarnings
 from sdkit.generation.incident import INCIDENT_FOLDER, save_incident
+from sdkit.generation.provenance import hash_pixels, save_png
 from sdkit.generation.record import (
     RECORD_NAME,
     ImageRecord,
     RunRecord,
-    hash_pixels,
     plain,
-    save_png,
 )
 from sdkit.generation.request import packs_latents
 from sdkit.generation.rescue import Rescuer
 from sdkit.generation.step_record import STEPS_NAME
 from sdkit.generation.step_recorder import StepRecorder
-from sdkit.guarding import find_components, guard
+from sdkit.guarding import find_components, find_denoisers, guard
 from sdkit.validation import ValidationError, judge_image
 
 
@@ -313,7 +312,7 @@ def _draw_latents(pipe, generators, height, width):
     noise = [torch.randn(shape, generator=g, dtype=torch.float32) for g in generators]
     components = find_components(pipe)
     encoders = [c for name, c in components.items() if name.startswith("text_encoder")]
-    dtype = (encoders or [getattr(pipe, "unet", None) or pipe.transformer])[-1].dtype
+    dtype = (encoders or find_denoisers(pipe))[-1].dtype
     return torch.cat(noise).to(dtype)
 
 

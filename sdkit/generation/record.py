@@ -1,13 +1,12 @@
-"""What a run leaves on disk: images with their provenance inside, and a record that round-trips."""
+"""What a run leaves beside its images: a record that round-trips."""
 
-import hashlib
 import json
 import math
 from collections import Counter
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 
-from PIL import Image, PngImagePlugin
+from PIL import Image
 
 from sdkit.generation.step_record import STEPS_PATTERN, StepRecord
 from sdkit.run_folder import replace_file
@@ -15,7 +14,6 @@ from sdkit.validation import ValidationError
 
 RECORD_VERSION = 3  # 1 did not name the input images
 RECORD_NAME = "record.json"
-PROVENANCE_KEY = "sdkit"
 NOT_IN_JSON = ("folder", "steps")
 FINDING_KEYS = {"component", "step", "nan_count", "inf_count", "total", "message"}
 
@@ -222,11 +220,6 @@ def load_steps(record) -> tuple[StepRecord, ...]:
     return tuple(map(StepRecord.load, sorted(record.folder.glob(STEPS_PATTERN))))
 
 
-def hash_pixels(pil_image):
-    """Returns the SHA-256 of an image's pixels, row by row, whatever its file format."""
-    return hashlib.sha256(pil_image.tobytes()).hexdigest()
-
-
 def describe_rescue(rescue):
     """Returns in a few words what was made again, "rescued in float32: unet 2 of 25 calls"."""
     counts = Counter(entry["component"] for entry in rescue["rescues"] if entry["rescued"])
@@ -248,38 +241,6 @@ def plain(value):
     if isinstance(value, (list, tuple)):
         return [plain(item) for item in value]
     return type(value).__name__
-
-
-def save_png(pil_image, path, provenance):
-    """Writes a PNG with its provenance inside, whole or not at all, and returns its `Path`."""
-    chunks = PngImagePlugin.PngInfo()
-    chunks.add_text(PROVENANCE_KEY, json.dumps(plain(provenance)))  # ASCII, whatever the prompt
-    with replace_file(path) as temporary:
-        pil_image.save(temporary, format="PNG", pnginfo=chunks)
-    return Path(path)
-
-
-def read_provenance(path):
-    """Returns how an image of `generate` was made: prompt, seed, settings, dtypes, versions.
-
-    Args:
-        path: A PNG file.
-
-    Raises:
-        ValidationError: The file cannot be read as an image, or `generate` did not write it.
-    """
-    try:
-        with Image.open(path) as image:
-            image.load()  # text may also follow the pixels
-            text = image.info.get(PROVENANCE_KEY)
-    except (OSError, SyntaxError, ValueError) as error:
-        raise ValidationError(f"{path}: cannot be read as an image ({error}).") from error
-    if text is None:
-        raise ValidationError(
-            f"{path}: no provenance inside. Expected a PNG that sdkit.generate wrote; editing or "
-            "converting an image drops it."
-        )
-    return json.loads(text)
 
 
 def _fields_of(instance, without=None):

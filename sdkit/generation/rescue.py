@@ -12,7 +12,8 @@ from functools import partial
 
 from sdkit.device import synchronize
 from sdkit.finding import find_tensors
-from sdkit.guarding import after_forward, after_method, find_components
+from sdkit.guarding import find_components
+from sdkit.hooks import after_forward, after_method
 from sdkit.loading.lifting import computing, holds_low
 from sdkit.validation import count_nonfinite, is_finite
 

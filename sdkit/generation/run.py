@@ -23,7 +23,7 @@ from sdkit.generation.request import (
     check_request,
     prepare_folder,
 )
-from sdkit.guarding import find_components
+from sdkit.guarding import find_components, find_denoisers
 from sdkit.validation import ValidationError
 
 ON_NONFINITE = ("raise", "skip", "rescue")
@@ -153,9 +153,9 @@ def _make_images(run, batch_size, progress):
         run.save()
     except BaseException as error:  # an interrupt too: what was made is told
         error.record = run.finish(error=str(error) or type(error).__name__)
-        with suppress(ValidationError, Warning):  # neither may hide the error itself
-            run.save()
-            run.caught.show()
+        for tell in (run.save, run.caught.show):
+            with suppress(ValidationError, Warning):  # neither may hide the error itself
+                tell()
         raise
     run.caught.show()
     return record
@@ -194,8 +194,7 @@ def _check_strength(strength, num_inference_steps):
 def _describe_run(pipe, settings):
     """The record as it is before the first image."""
     components = find_components(pipe)
-    denoiser = getattr(pipe, "unet", None) or pipe.transformer
-    processors = getattr(denoiser, "attn_processors", {}).values()
+    processors = getattr(find_denoisers(pipe)[0], "attn_processors", {}).values()
     return RunRecord(
         version=RECORD_VERSION,
         complete=False,

@@ -16,7 +16,8 @@ from sdkit.emulate.mode import find_emulations, suspended
 from sdkit.finding import find_tensors
 from sdkit.generation.request import packs_latents
 from sdkit.generation.step_record import LATENTS_SIDE, ONCE, StepRecord
-from sdkit.guarding import after_method, find_components, is_compiled
+from sdkit.guarding import find_components
+from sdkit.hooks import after_method, is_compiled
 
 LARGEST_FLOAT16 = 65504.0
 

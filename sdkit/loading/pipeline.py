@@ -38,8 +38,6 @@ from sdkit.loading.weights import check_components, check_weights, count_weight_
 from sdkit.slicing import SLICE_BYTES, use_sliced_attention
 from sdkit.validation import ValidationError
 
-__all__ = ["LoadReport", "PrecisionWarning", "load_pipeline"]
-
 ATTENTIONS = ("sdpa", "sliced", "diffusers-sliced")
 GUARD_ON = (
     "on, for float16 on MPS: every call raises at its first NaN or Inf. Inside `with guard(pipe):` "
@@ -122,32 +120,17 @@ def load_pipeline(
         )
         pipe = _load(checkpoint, dtypes, variant)
         refuse_invented_weights(collected, checkpoint.asked)
-        if device.type != "cpu":
-            pipe.to(device)
-        pipe.register_to_config(_name_or_path=checkpoint.resolved)  # for records; no folder in it
-        notices = [*checkpoint.notices, *check_components(pipe, dtypes, device)]
-        check_weights(pipe, dtypes, lambda: _load_float32(checkpoint, variant))
-        notices += apply_sidecars(pipe, checkpoint.config_folder)
+        notices = _place(pipe, checkpoint, dtypes, device, variant)
     if recipe:
         apply_recipe(pipe, recipe)
-        dtypes = dict.fromkeys(dtypes, DTYPES[recipe.dtype])
+        dtypes = {n: DTYPES["float32" if n in recipe.float32 else recipe.dtype] for n in dtypes}
         dtype_reason = f"recipe: {recipe.dtype}; float32: {', '.join(recipe.float32) or 'nothing'}"
     attention_reason = _enable_attention(pipe, attention)
     is_mps = device.type == "mps" or (find_emulation() or "").startswith("emulated MPS")
     device_type = "mps" if is_mps else device.type
     weight_bytes = {name: count_weight_bytes(getattr(pipe, name)) for name in dtypes}
     memory = {"weights_gib": sum(weight_bytes.values()) / GIB, "available_gib": available_gib}
-    activations_gib = find_activations_gib(
-        checkpoint,
-        device_type,
-        itemsizes={name: dtype.itemsize for name, dtype in dtypes.items()},
-        sliced=attention == "sliced",
-        **memory,
-    )
-    cautions = [
-        *find_cautions(device_type, dtypes.values()),
-        *find_memory_caution(device_type, activations_gib=activations_gib, **memory),
-    ]
+    cautions = _list_cautions(device_type, dtypes, checkpoint, attention, **memory)
     for caution in cautions:
         warnings.warn(caution, PrecisionWarning, stacklevel=2)
     is_mixed = len(set(dtypes.values())) > 1 or recipe
@@ -258,8 +241,30 @@ def _load(checkpoint, dtypes, variant):
         ) from error
 
 
-def _load_float32(checkpoint, variant):
-    return _load(checkpoint, dict.fromkeys(checkpoint.components, torch.float32), variant)
+def _place(pipe, checkpoint, dtypes, device, variant) -> list[str]:
+    """Moves a pipeline to its device and checks what was got; returns what is worth knowing."""
+    if device.type != "cpu":
+        pipe.to(device)
+    pipe.register_to_config(_name_or_path=checkpoint.resolved)  # for records; no folder in it
+    notices = check_components(pipe, dtypes, device)
+    float32 = dict.fromkeys(dtypes, torch.float32)
+    check_weights(pipe, dtypes, lambda: _load(checkpoint, float32, variant))
+    return [*checkpoint.notices, *notices, *apply_sidecars(pipe, checkpoint.config_folder)]
+
+
+def _list_cautions(device_type, dtypes, checkpoint, attention, **memory) -> list[str]:
+    """What is known to go wrong in these dtypes, and where memory may not suffice."""
+    activations_gib = find_activations_gib(
+        checkpoint,
+        device_type,
+        itemsizes={name: dtype.itemsize for name, dtype in dtypes.items()},
+        sliced=attention == "sliced",
+        **memory,
+    )
+    return [
+        *find_cautions(device_type, dtypes.values()),
+        *find_memory_caution(device_type, activations_gib=activations_gib, **memory),
+    ]
 
 
 def _load_single_file(checkpoint, dtypes):

@@ -14,16 +14,17 @@ from sdkit.diagnosis.hypotheses import HYPOTHESES, REPORTED, find_survivors
 
 
 def judge_cause(cells) -> tuple[Claim, ...]:
-    """The root cause, against the two runs it rests on and against the ablation."""
+    """The root cause, the cure and what was said of the backends, in the order of the report.
+
+    Args:
+        cells: What `run_ablation` returned.
+    """
+    return (*judge_root_cause(), *judge_cure(cells), *BACKENDS)
+
+
+def judge_root_cause() -> tuple[Claim, ...]:
+    """float16 as the cause, against the two runs it rests on."""
     survivors = find_survivors(REPORTED)
-    control = [cell for cell in cells if (cell.dtype, cell.attention) == ("float16", "sdpa")]
-    valid = sum(cell.outcome == "valid" for cell in control)
-    hidden = [
-        cell
-        for cell in cells
-        if cell.dtype == "float32" and "sliced" in cell.attention and cell.outcome != "valid"
-    ]
-    where = "emulated MPS" if any(cell.emulated for cell in cells) else "this device"
     return (
         Claim(
             "Only the dtype was changed between the failure and the cure",
@@ -50,6 +51,20 @@ def judge_cause(cells) -> tuple[Claim, ...]:
             "A black PNG does not tell the UNet from the VAE. `guard` and `diagnose` do; in the "
             "public reports that fit this configuration it is the UNet (diffusers#14438).",
         ),
+    )  # fmt: skip
+
+
+def judge_cure(cells) -> tuple[Claim, ...]:
+    """float32 as the cure, against the ablation."""
+    control = [cell for cell in cells if (cell.dtype, cell.attention) == ("float16", "sdpa")]
+    valid = sum(cell.outcome == "valid" for cell in control)
+    hidden = [
+        cell
+        for cell in cells
+        if cell.dtype == "float32" and "sliced" in cell.attention and cell.outcome != "valid"
+    ]
+    where = "emulated MPS" if any(cell.emulated for cell in cells) else "this device"
+    return (
         Claim(
             "float32 is stable on MPS and makes no NaN",
             "Comparação float16 vs float32", REFUTED, f"{DIFFUSERS}/pull/13701",
@@ -81,23 +96,27 @@ def judge_cause(cells) -> tuple[Claim, ...]:
                 else f"float32 with slicing did not break here ({where})."
             ),
         ),
-        Claim(
-            "MPS has known bugs",
-            "Causa Raiz", CONFIRMED, f"{PYTORCH}/issues/187521",
-            "baddbmm with beta=0 lets NaN through, in every floating dtype, through torch 2.13. "
-            "It is not the issue that the report cites.",
-        ),
-        Claim(
-            "float16 works on CUDA because its hardware is mature",
-            "Por que float16 Funciona em CUDA", UNTESTED, "the report measured nothing",
-            "CUDA ignores the buffer as the contract says, so slicing cannot leak there, in any "
-            "dtype: another explanation of the same difference.",
-        ),
-        Claim(
-            "Some MPS operations go to float32 internally",
-            "Por que float16 Funciona em CUDA", CONFIRMED,
-            f"{PYTORCH}/blob/v2.7.1/aten/src/ATen/native/mps/operations/Attention.mm",
-            "SDPA casts Q.K^T to float32 before it scales, but after it was rounded to float16. "
-            "What PyTorch calls fallback (PYTORCH_ENABLE_MPS_FALLBACK) goes to the CPU instead.",
-        ),
     )  # fmt: skip
+
+
+BACKENDS = (
+    Claim(
+        "MPS has known bugs",
+        "Causa Raiz", CONFIRMED, f"{PYTORCH}/issues/187521",
+        "baddbmm with beta=0 lets NaN through, in every floating dtype, through torch 2.13. "
+        "It is not the issue that the report cites.",
+    ),
+    Claim(
+        "float16 works on CUDA because its hardware is mature",
+        "Por que float16 Funciona em CUDA", UNTESTED, "the report measured nothing",
+        "CUDA ignores the buffer as the contract says, so slicing cannot leak there, in any "
+        "dtype: another explanation of the same difference.",
+    ),
+    Claim(
+        "Some MPS operations go to float32 internally",
+        "Por que float16 Funciona em CUDA", CONFIRMED,
+        f"{PYTORCH}/blob/v2.7.1/aten/src/ATen/native/mps/operations/Attention.mm",
+        "SDPA casts Q.K^T to float32 before it scales, but after it was rounded to float16. "
+        "What PyTorch calls fallback (PYTORCH_ENABLE_MPS_FALLBACK) goes to the CPU instead.",
+    ),
+)  # fmt: skip

@@ -3,9 +3,9 @@
 from functools import cache
 
 import numpy as np
-import torch
 
 from sdkit.diagnosis.claims.claim import COMPUTED, UNTESTED, Claim, decide
+from sdkit.memory import build_architecture
 
 # Seconds of each image, as the first write-up (float16) and the final report (float32) list them.
 FLOAT16_SECONDS, FLOAT32_SECONDS = (18.78, 8.93, 8.90), (14.20, 9.95, 9.95)
@@ -15,26 +15,7 @@ GB = 10**9
 @cache
 def count_parameters() -> dict[str, int]:
     """Parameters of Stable Diffusion 1.5's exact configuration, built without memory."""
-    from diffusers import AutoencoderKL, UNet2DConditionModel
-    from transformers import CLIPTextConfig, CLIPTextModel
-
-    with torch.device("meta"):
-        models = {
-            "unet": UNet2DConditionModel(
-                sample_size=64, cross_attention_dim=768, attention_head_dim=8
-            ),
-            "vae": AutoencoderKL(
-                block_out_channels=(128, 256, 512, 512), layers_per_block=2, latent_channels=4,
-                down_block_types=("DownEncoderBlock2D",) * 4,
-                up_block_types=("UpDecoderBlock2D",) * 4,
-            ),
-            "text_encoder": CLIPTextModel(
-                CLIPTextConfig(
-                    hidden_size=768, intermediate_size=3072, num_hidden_layers=12,
-                    num_attention_heads=12, projection_dim=768,
-                )
-            ),
-        }  # fmt: skip
+    models = build_architecture("sd15")
     return {name: sum(p.numel() for p in model.parameters()) for name, model in models.items()}
 
 

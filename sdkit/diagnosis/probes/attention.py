@@ -3,17 +3,9 @@
 import torch
 import torch.nn.functional as F
 
-from sdkit.diagnosis.probes.probe import (
-    DIFFUSERS,
-    HALF,
-    PYTORCH,
-    Check,
-    Probe,
-    compare,
-    compare_with,
-    draw,
-)
+from sdkit.diagnosis.probes.probe import HALF, Check, Probe, compare, compare_with, draw
 from sdkit.emulate import suspended
+from sdkit.emulate.faults.fault import DIFFUSERS, PYTORCH
 
 # B batch, H heads, L queries, S keys, D width
 # 40 * 64 * 64 = 163840 is beyond float16, and 163840 / sqrt(40) = 25905 is not: faults.md, P4.

@@ -5,9 +5,7 @@ import torch.nn.functional as F
 
 from sdkit.diagnosis.probes.probe import (
     BRAIN,
-    DIFFUSERS,
     HALF,
-    PYTORCH,
     Probe,
     compare,
     compare_with,
@@ -15,6 +13,7 @@ from sdkit.diagnosis.probes.probe import (
     draw,
 )
 from sdkit.emulate import suspended
+from sdkit.emulate.faults.fault import DIFFUSERS, PYTORCH
 
 # B batch, C channels, H W pixels, L tokens, D width
 STD = 300.0  # its square, 90000, is beyond float16

@@ -7,8 +7,6 @@ import torch
 
 from sdkit.emulate import suspended
 
-PYTORCH = "https://github.com/pytorch/pytorch/issues"  # GitHub leads on to a pull request's page
-DIFFUSERS = "https://github.com/huggingface/diffusers/issues"
 HALF, BRAIN, SINGLE = torch.float16, torch.bfloat16, torch.float32
 # Of float16 results against float64, relative to the largest: one rounding is 5e-4, and a few
 # meet where a kernel keeps intermediate values in float16. faults.md, probe P3.

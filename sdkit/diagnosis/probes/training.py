@@ -2,8 +2,9 @@
 
 import torch
 
-from sdkit.diagnosis.probes.probe import HALF, PYTORCH, SINGLE, Probe, compare, compare_with, draw
+from sdkit.diagnosis.probes.probe import HALF, SINGLE, Probe, compare, compare_with, draw
 from sdkit.emulate import suspended
+from sdkit.emulate.faults.fault import PYTORCH
 
 LOSS_SCALE = 1024.0
 SINGLE_TOLERANCE = 1e-5  # of a few float32 operations one after the other

@@ -4,18 +4,9 @@ import torch
 import torch.nn.functional as F
 
 from sdkit.device import synchronize
-from sdkit.diagnosis.probes.probe import (
-    DIFFUSERS,
-    HALF,
-    PYTORCH,
-    SINGLE,
-    Check,
-    Probe,
-    compare,
-    count_different,
-    draw,
-)
+from sdkit.diagnosis.probes.probe import HALF, SINGLE, Check, Probe, compare, count_different, draw
 from sdkit.emulate import suspended
+from sdkit.emulate.faults.fault import DIFFUSERS, PYTORCH
 
 NAN = float("nan")
 STANDARD_ERRORS = 6  # of a mean and a variance: an honest generator is beyond in one of 5e8
