@@ -71,12 +71,9 @@ def choose_device(backend="auto"):
     for name in AUTO_ORDER:
         problem = find_device_problem(torch.device(name))
         if problem is None:
-            passed_over = "; ".join(passed_over)
-            return torch.device(
-                name
-            ), f"{name}: first of {', '.join(AUTO_ORDER)} to pass its trial" + (
-                f" ({passed_over})" if passed_over else ""
-            )
+            others = f" ({'; '.join(passed_over)})" if passed_over else ""
+            reason = f"{name}: first of {', '.join(AUTO_ORDER)} to pass its trial{others}"
+            return torch.device(name), reason
         passed_over.append(f"{name}: {problem}")
     raise ValidationError(f"No device passed its trial: {'; '.join(passed_over)}.")
 
@@ -104,9 +101,9 @@ def _try_device(device, dtype):
     difference = (product - matrix.float() @ matrix.float().T).abs().max().item()
     # Sums of 128 products below 1: off by 0.06 in TF32, where that is allowed, by 0.5 in bfloat16.
     tolerance = 0.1 if dtype == torch.float32 else 1
-    return (
-        None if difference <= tolerance else f"a matmul is off by {difference:.3g} from the CPU's"
-    )
+    if not difference <= tolerance:  # NaN is within nothing
+        return f"a matmul is off by {difference:.3g} from the CPU's"
+    return None
 
 
 def _parse_device(backend):

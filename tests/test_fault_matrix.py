@@ -4,6 +4,7 @@ The short campaign runs always, all of it with `make test-all`; `fault_matrix.py
 """
 
 import pytest
+from campaign import parametrize
 from fault_matrix import HEALTH, Mark, Truth, draw_matrix, make_table, mark_healthy, mark_planted
 from healthy import HEALTHY
 from planted import PLANTED
@@ -12,16 +13,6 @@ from planted_mini import PLANTED_IN_MINI
 from sdkit.figures import save_figure
 
 pytestmark = pytest.mark.filterwarnings("ignore::sdkit.emulate.EmulationWarning")
-
-
-def parametrize(cases):
-    """One test a case; all but the short campaign's are marked slow."""
-    marked = [
-        pytest.param(case, id=case.name, marks=[] if case.fast else pytest.mark.slow)
-        for case in cases
-    ]
-    assert marked
-    return pytest.mark.parametrize("case", marked)
 
 
 @parametrize((*PLANTED, *PLANTED_IN_MINI))

@@ -1,6 +1,7 @@
 """The healthy runs are healthy: no NaN at any border, a valid picture, finite at every module."""
 
 import pytest
+from campaign import parametrize
 from healthy import HEALTHY
 from planting import draw
 
@@ -16,13 +17,7 @@ def test_there_are_enough_and_their_names_differ():
     assert sum(case.fast for case in HEALTHY) == 6
 
 
-@pytest.mark.parametrize(
-    "case",
-    [
-        pytest.param(case, id=case.name, marks=[] if case.fast else pytest.mark.slow)
-        for case in HEALTHY
-    ],
-)
+@parametrize(HEALTHY)
 def test_it_is_finite_and_shows_a_picture(case, tokenizer_folder):
     with case.build(tokenizer_folder) as (pipe, pipe_kwargs):
         with guard(pipe) as report:

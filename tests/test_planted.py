@@ -5,6 +5,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from campaign import parametrize
 from other_pipelines import controlled, embed_an_image, give_edges, kandinsky
 from planted import PLANTED
 from planted_mini import PLANTED_IN_MINI
@@ -116,16 +117,6 @@ def test_there_are_enough_and_their_names_differ():
         "text_encoder", "unet", "vae", "safety_checker", "none",
     }  # fmt: skip
     assert {case.cause for case in PLANTED if case.fast} == {case.cause for case in PLANTED}
-
-
-def parametrize(cases):
-    """One test a case; all but the short campaign's are marked slow."""
-    marked = [
-        pytest.param(case, id=case.name, marks=[] if case.fast else pytest.mark.slow)
-        for case in cases
-    ]
-    assert marked
-    return pytest.mark.parametrize("case", marked)
 
 
 EVERYTHING = (*PLANTED, *PLANTED_IN_MINI)

@@ -5,10 +5,9 @@ from functools import cache
 
 import torch
 
-# Ops that place, copy, compare, replace or draw float16 values and round nothing. Native torch
-# runs them:
-# faster, with its own errors for a value that float16 cannot hold, with a compared number
-# in float16 (x == 0.1), and with uniform draws below 1, where rounding from float32 would reach 1.
+# Ops that place, copy, compare, replace or draw float16 values and round nothing. Native torch runs
+# them: faster, with its own errors for a value that float16 cannot hold, with a compared number in
+# float16 (x == 0.1), and with uniform draws below 1, where rounding from float32 would reach 1.
 # fmt: off
 EXACT_OPS = frozenset({
     "_to_copy", "_unsafe_view", "unsafe_split", "unsafe_split_with_sizes",

@@ -34,10 +34,10 @@ def make_classifier() -> nn.Sequential:
     return nn.Sequential(*layers, nn.Flatten(), nn.Linear(widths[-1] * 16, answers))
 
 
-def load_classifier(path: Path = CLASSIFIER_PATH) -> nn.Sequential:
+def load_classifier() -> nn.Sequential:
     """The bundled judge."""
     classifier = make_classifier()
-    classifier.load_state_dict(load_file(path))
+    classifier.load_state_dict(load_file(CLASSIFIER_PATH))
     return classifier.float().eval()
 
 

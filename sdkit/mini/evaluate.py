@@ -98,7 +98,8 @@ def evaluate(model_folder: Path, *, figure_path: Path | None = None) -> dict:
         for name in QUESTIONS
     }
     if figure_path is not None:
-        contact_sheet(images, 2 * len(COLOURS)).save(figure_path)
+        with replace_file(figure_path) as temporary:
+            contact_sheet(images, 2 * len(COLOURS)).save(temporary, format="PNG")
     return {
         "prompts": len(products),
         "num_inference_steps": NUM_INFERENCE_STEPS,
