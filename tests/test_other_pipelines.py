@@ -52,6 +52,17 @@ def test_what_a_controlnet_makes_is_put_down_to_it(tokenizer_folder):
     assert (found.cause, found.proven) == ("bad-weights", True)
 
 
+@pytest.mark.parametrize("after", ["conv_in", "controlnet_mid_block"])
+def test_what_a_controlnet_makes_and_repairs_is_told(tokenizer_folder, after):
+    """No guard is on it: within it, and where it hands on what it made."""
+    pipe = controlled(tokenizer_folder)
+    module = pipe.controlnet.get_submodule(after)
+    module.register_forward_hook(lambda module, args, output: (output / 0 * 0).nan_to_num(0.0))
+    found = diagnose(pipe, "a shoe", **give_edges(pipe), **FAST)
+    assert (found.stage, found.step, found.module) == ("unet", 0, f"controlnet.{after}")
+    assert found.cause == "hidden-nan"
+
+
 def test_an_edge_image_with_nan_is_bad_input(tokenizer_folder):
     pipe = controlled(tokenizer_folder)
     image = give_edges(pipe)["image"]

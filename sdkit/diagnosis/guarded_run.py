@@ -9,6 +9,7 @@ import torch
 
 from sdkit.diagnosis.loss_watch import LossWatch
 from sdkit.diagnosis.module_watch import ModuleWatch
+from sdkit.diagnosis.whole_run import list_modules
 from sdkit.finding import ComponentCall, Finding, NonFiniteError
 from sdkit.generation import request
 from sdkit.guarding import find_components, guard
@@ -130,14 +131,14 @@ def run_guarded(pipe, prompts, seed, pipe_kwargs) -> Run:
         # diffusers wants a negative prompt to be a list where the prompt is one.
         words = {name: v for name, v in pipe_kwargs.items() if name.startswith("negative_prompt")}
         arguments |= {n: [v] * len(prompts) for n, v in words.items() if isinstance(v, str)}
-    components = find_components(pipe)
+    modules = list_modules(pipe)
     watch, losses = ModuleWatch(), LossWatch()
     try:
         with (
             kept_state(arguments.get("generator")),
             guard(pipe) as report,
-            watch.installed(components),
-            losses.installed(components),
+            watch.installed(modules),
+            losses.installed(modules),
         ):
             output = pipe(**arguments)
     except NonFiniteError:

@@ -3,7 +3,7 @@
 from sdkit.diagnosis.op_record import BadOp
 from sdkit.diagnosis.place import place_of, stage_of
 from sdkit.diagnosis.trace import find_first_bad_op
-from sdkit.guarding import find_components, find_denoisers
+from sdkit.guarding import DENOISERS, find_components, find_denoisers
 from sdkit.loading.modules import find_models
 from sdkit.steps import StepCounter
 
@@ -22,7 +22,11 @@ def find_in_whole_run(pipe, call, look_for="bad") -> tuple[BadOp | None, int | N
     """
     with StepCounter(pipe).following(find_denoisers(pipe)) as steps:
         bad = find_first_bad_op(call, list_modules(pipe), look_for=look_for)
-    return bad, steps.step if bad and stage_of(place_of(bad)) == "unet" else None
+    if bad is None or stage_of(place_of(bad)) != "unet":
+        return bad, None
+    if place_of(bad).startswith(DENOISERS):
+        return bad, steps.step
+    return bad, 0 if steps.step is None else steps.step + 1  # a ControlNet runs before the UNet
 
 
 def list_modules(pipe) -> dict:
