@@ -73,6 +73,17 @@ def test_bad_weights_are_counted_and_inf_in_float16_is_a_cast(weight, is_cast):
     assert ("Replace the weights" in cause.remedy) != is_cast
 
 
+def test_of_two_bad_weights_the_first_one_s_module_is_blamed():
+    names = ("unet.mid.norm.weight", "unet.up.norm.weight")
+    weights = {"self": names[:1], "other": names[1:]}
+    bad = broken(
+        aten.mul.Tensor, single(NAN, 1, 1), single(1, INF, NAN), weights=weights, bad_weights=names
+    )
+    cause = find_cause(bad)
+    assert (cause.module, cause.evidence["weights"]) == ("unet.mid.norm", list(names))
+    assert (cause.evidence["nan_count"], cause.evidence["inf_count"]) == (2, 1)
+
+
 def test_a_finite_weight_whose_cast_gives_inf_is_a_bad_weight():
     names = ("unet.mid.norm.weight",)
     bad = broken(aten._to_copy.default, single(70000.0), output=half(INF), weights={"self": names})

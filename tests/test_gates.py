@@ -88,9 +88,10 @@ def test_the_cause_is_traced_in_the_guilty_sample(model):
         "range-overflow",
         "b.png, d.png; first bad op aten.pow.Tensor_Scalar in unet, forward pass (range-overflow)",
     )
-    cause, message = explain(batch, (6,), measure, {"unet": model})
+    assert explain(batch, (5, 6), measure, {"unet": model})[0] == "range-overflow"
+    cause, message = explain(batch, (6, 7), measure, {"unet": model})
     assert cause == "invalid-arithmetic"
-    assert message.startswith("c.png; first bad op aten.div") and "backward pass" in message
+    assert message.startswith("c.png, d.png; first bad op aten.div") and "backward pass" in message
 
 
 def test_what_spoils_every_sample_is_put_down_to_the_model_unless_it_is_the_only_one(model):
