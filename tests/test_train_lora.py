@@ -8,7 +8,7 @@ import pytest
 import safetensors.torch
 import torch
 from tiny_pipelines import build_tiny_pipe
-from tiny_training import make_config, make_data, spoil
+from tiny_training import make_config, make_data, make_encoded, spoil
 
 from sdkit.finetuning.adapter import find_parameters
 from sdkit.finetuning.batches import draw_batch
@@ -154,6 +154,20 @@ def test_a_run_without_one_finite_step_has_not_finished(tiny_pipe, data, tmp_pat
     report = train(tiny_pipe, (spoiled, None), tmp_path / "run", max_bad_steps=9, max_train_steps=2)
     assert report.stopped.startswith("given up: not one step was finite (image_")
     assert not report.is_good and report.steps_done == 0
+
+
+def test_a_run_whose_images_are_all_bad_gives_up_and_does_so_again(tokenizer_folder, tmp_path):
+    for resume in (False, True):
+        pipe = build_tiny_pipe(tokenizer_folder)
+        data = make_encoded(pipe)
+        spoiled = dataclasses.replace(data, latent_mean=data.latent_mean * NAN)
+        report = train(
+            pipe, (spoiled, None), tmp_path / "run", resume=resume, max_bad_steps=99,
+            max_train_steps=20,
+        )  # fmt: skip
+        assert report.stopped.startswith("given up: every image is bad (image_")
+        assert set(report.excluded_images) == set(data.names) and report.steps_done == 0
+        assert len(report.dropped_steps) == 6  # of four images each
 
 
 def test_an_image_that_overflows_in_the_model_is_named(tiny_pipe, data, tmp_path):
