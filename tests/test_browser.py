@@ -6,6 +6,7 @@ import nbformat
 import pytest
 import torch
 from lab import CHROMIUM, OUTPUT, run_all, running_lab, write_notebook
+from test_notebooks import SMALL
 from tiny_pipelines import build_tiny_pipe
 
 from sdkit import diagnose, generate
@@ -18,7 +19,6 @@ pytestmark = [
     ),
 ]
 VIEW = f"{OUTPUT} .sdkit-explorer"
-SMALL = {"num_inference_steps": 2, "image_size": 64, "guidance_scale": 2.0}
 
 
 @pytest.fixture(scope="module")
@@ -151,7 +151,8 @@ def test_every_notebook_runs_in_the_browser(lab, path):
     notebook = nbformat.read(path, as_version=4)
     parameters = next(cell for cell in notebook.cells if cell.cell_type == "code")
     names = re.findall(r"^(\w+):", parameters.source, flags=re.M)
-    chosen = {**SMALL, "output_folder": str(lab.folder / "out" / path.stem)}
+    output_folder = str(lab.folder / "out" / path.stem)
+    chosen = {**SMALL, "num_inference_steps": 2, "output_folder": output_folder}
     for name in filter(chosen.__contains__, names):
         parameters.source += f"\n{name} = {chosen[name]!r}"
     nbformat.write(notebook, lab.folder / path.name)
