@@ -121,6 +121,7 @@ def test_the_card_tells_what_was_measured():
     assert f"{quality['vae_psnr_db']:.2f} dB" in card
 
 
+@pytest.mark.slow  # the checkpoint seldom changes, and notebook 03 counts its colours and grounds
 def test_it_draws_what_is_asked():
     """A fast subset of `python -m sdkit.mini.evaluate`, which measures the shares themselves."""
     pipe = StableDiffusionPipeline.from_pretrained(MODEL_FOLDER)
