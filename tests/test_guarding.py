@@ -363,6 +363,13 @@ def test_a_permanent_guard_rests_inside_a_guard_and_comes_back(tiny_pipe):
         run(tiny_pipe)
 
 
+def test_a_permanent_guard_does_not_rest_for_another_pipeline(tiny_pipe, tokenizer_folder):
+    install_guard(tiny_pipe)
+    plant(tiny_pipe.unet.conv_out)
+    with unguarded(build_tiny_pipe(tokenizer_folder)), pytest.raises(NonFiniteError, match="unet"):
+        run(tiny_pipe)
+
+
 def test_a_permanent_guard_belongs_to_the_components(tiny_pipe):
     """As `from_pipe` shares them."""
     install_guard(tiny_pipe)
