@@ -164,6 +164,19 @@ def test_bad_prompt_embeds_from_the_caller(tiny_pipe):
     assert (finding.stage, finding.step, finding.rows) == ("prompt_embeds", 0, (0,))
 
 
+def test_of_two_bad_arguments_the_latents_are_told(tiny_pipe):
+    bad = {"latents": torch.full((1, 4, 8, 8), NAN), "prompt_embeds": torch.full((1, 77, 32), NAN)}
+    assert find(tiny_pipe, None, **bad, guidance_scale=1.0).stage == "latents"
+
+
+def test_the_dtype_is_the_component_s_own_behind_a_cast(tiny_pipe):
+    def cast(module, args, output):
+        return (output[0].double() * NAN,)
+
+    tiny_pipe.unet.register_forward_hook(cast)
+    assert find(tiny_pipe).dtype == "float32"
+
+
 def test_a_mask_may_say_no_with_minus_infinity(tiny_pipe):
     """Its words are then left out; an Inf anywhere else is a finding."""
     unmasked = run(tiny_pipe)
