@@ -129,6 +129,14 @@ def rewrite(change):
         (rewrite(lambda c: c.update(emulation=[1])), "emulation"),
         (rewrite(lambda c: c["image"].update(finding=None)), "image.finding"),
         (rewrite(lambda c: c["call"].update(args=[], kwargs={})), "does not fit"),
+        (rewrite(lambda c: c["image"]["finding"].update(step=-1)), "image.finding"),
+        (rewrite(lambda c: c["image"]["finding"].update(component=3)), "image.finding"),
+        (rewrite(lambda c: c["image"].pop("finding")), "incomplete"),
+        (rewrite(lambda c: c.update(emulation={"a": 1, "b": 2, "c": 3})), "emulation"),
+        (rewrite(lambda c: c["emulation"].update(seed="x")), "emulation"),
+        (rewrite(lambda c: c["run"].pop("model")), "incomplete"),
+        (rewrite(lambda c: c["run"].update(attention=[[]])), "run.attention"),
+        (rewrite(lambda c: c["scheduler"]["config"].update(beta_start="x")), "scheduler"),
     ],
 )
 def test_a_corrupt_bundle_is_one_clear_error(sliced_pipe, tmp_path, spoil, words):

@@ -50,7 +50,7 @@ def diagnose_incident(folder, *, model=None, backend="auto", prove=False) -> Dia
     with ExitStack() as stack:
         try:
             stack.enter_context(emulate_again(incident.emulation))
-        except ValueError as error:
+        except (ValueError, KeyError, TypeError, RuntimeError) as error:
             raise ValidationError(f"{folder}: emulation: {error}.") from error
         stack.enter_context(unguarded(pipe))
         try:

@@ -20,7 +20,7 @@ from safetensors.torch import load_file, save_file
 
 from sdkit.emulate.mode import find_settings, suspended
 from sdkit.finding import ComponentCall
-from sdkit.generation.record import NOT_IN_JSON, plain
+from sdkit.generation.record import NOT_IN_JSON, is_finding, plain
 from sdkit.validation import ValidationError
 
 INCIDENT_VERSION = 1
@@ -154,11 +154,15 @@ def load_incident(folder) -> Incident:
 def check_content(content, folder):
     """Raises for a bundle whose parts are not what they must be: it may come from anybody."""
     kinds = {"run": dict, "image": dict, "scheduler": dict, "lost": list}
-    run_kinds = {"settings": dict, "dtypes": dict, "attention": list, "environment": dict}
+    run_kinds = {
+        "settings": dict, "dtypes": dict, "attention": list, "environment": dict, "model": str,
+    }  # fmt: skip
     wrong = [name for name, kind in kinds.items() if not isinstance(content[name], kind)]
     wrong += [
         f"run.{n}" for n, kind in run_kinds.items() if not isinstance(content["run"][n], kind)
     ]
+    if not all(isinstance(name, str) for name in content["run"]["attention"]):
+        wrong.append("run.attention")
     if not isinstance(content["image"]["prompt"], str) or "seed" not in content["image"]:
         wrong.append("image")
     if not isinstance(content["scheduler"]["config"], dict):
@@ -168,7 +172,8 @@ def check_content(content, folder):
         wrong.append("emulation")
     if call is not None and not CALLED.fullmatch(str(call["component"])):
         wrong.append("call.component")
-    if call is not None and not isinstance(content["image"]["finding"], dict):
+    finding = content["image"]["finding"]
+    if not is_finding(finding) and not (finding is None and call is None):
         wrong.append("image.finding")
     if wrong:
         raise ValidationError(f"{folder}: incomplete ({', '.join(wrong)}). Run it again.")
@@ -200,7 +205,13 @@ def make_scheduler(incident: Incident):
             f"scheduler: diffusers {diffusers.__version__} has no {name!r}. Install the version of "
             f"the incident ({incident.run.get('environment', {}).get('diffusers')})."
         )
-    return scheduler.from_config(incident.scheduler["config"])
+    try:
+        return scheduler.from_config(incident.scheduler["config"])
+    except Exception as error:  # a configuration of any origin
+        raise ValidationError(
+            f"scheduler: no {name} can be made of its configuration ({error}). The bundle is "
+            "damaged: run it again to get another."
+        ) from error
 
 
 def pack(value, tensors: dict, name: str):

@@ -15,7 +15,10 @@ from sdkit.validation import ValidationError
 RECORD_VERSION = 3  # 1 did not name the input images
 RECORD_NAME = "record.json"
 NOT_IN_JSON = ("folder", "steps")
-FINDING_KEYS = {"component", "step", "nan_count", "inf_count", "total", "message"}
+FINDING = {  # what is read of one
+    "component": str, "step": int | None, "nan_count": int, "inf_count": int, "total": int,
+    "message": str,
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -276,11 +279,20 @@ def _upgrade(content):
 def _check_finding(image, where):
     """Refuses a finding without what is read of it; other versions may know more of it."""
     finding = image.get("finding") if isinstance(image, dict) else None
-    if finding is not None and not (isinstance(finding, dict) and finding.keys() >= FINDING_KEYS):
+    if finding is not None and not is_finding(finding):
         raise ValidationError(
-            f"{where}: its finding lacks some of {', '.join(sorted(FINDING_KEYS))}. Expected what "
-            "to_json wrote."
+            f"{where}: its finding lacks some of {', '.join(FINDING)}, or they are of another "
+            "kind. Expected what to_json wrote."
         )
+
+
+def is_finding(value) -> bool:
+    """Whether a value from JSON holds what is read of a finding of the guard."""
+    return (
+        isinstance(value, dict)
+        and all(name in value and isinstance(value[name], kind) for name, kind in FINDING.items())
+        and (value["step"] or 0) >= 0
+    )
 
 
 def _check_fields(content, cls, where, *without):
