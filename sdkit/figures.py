@@ -136,6 +136,9 @@ def plot_images(images, titles=None, *, problems=None, columns=None, heading="")
 
     Returns:
         A new Figure, already closed: return it from a cell to see it, or save it.
+
+    Raises:
+        ValueError: No image, or not one title and problem each.
     """
     images = list(images)
     if not images:

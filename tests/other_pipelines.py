@@ -85,6 +85,12 @@ def give_edges(pipe):
     return {"image": torch.rand(1, 3, 64, 64, generator=torch.Generator().manual_seed(0))}
 
 
+def give_edges_with_nan(pipe):
+    edges = give_edges(pipe)
+    edges["image"][0, 0, 3, 3] = float("nan")
+    return edges
+
+
 def animated(tokenizer_folder, *, seed=0):
     """Four frames; the output has frames and no images."""
     components = build_tiny_pipe(tokenizer_folder, seed=seed).components

@@ -29,7 +29,14 @@ from broken_attention import (
 )
 from broken_kernels import at_call, at_step, documented, everything, kernel, once, one_element
 from diffusers.models.attention_processor import AttnProcessor
-from other_pipelines import controlled, embed_an_image, give_edges, kandinsky, unconditional
+from other_pipelines import (
+    controlled,
+    embed_an_image,
+    give_edges,
+    give_edges_with_nan,
+    kandinsky,
+    unconditional,
+)
 from planting import (
     CROSS_ATTENTION,
     HALF,
@@ -485,6 +492,12 @@ PLANTED = (
         "an image with one NaN", give_an_image_with_nan,
         "vae", None, "vae", "bad-input", "image-to-image encodes it", also=((None, "vae.encoder"),),
         base=image_to_image,
+    ),
+    Planted(
+        "a ControlNet's image with one NaN", give_edges_with_nan,
+        "unet", 0, "controlnet", "bad-input",
+        "no guard is on it; what it makes of its image is bad, and not its fault",
+        dtype=SINGLE, base=controlled,
     ),
     # Masks
     Planted(

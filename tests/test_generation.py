@@ -84,6 +84,14 @@ def test_the_record_round_trips(tiny_pipe, tmp_path):
     assert str(record).startswith("2 of 2 images valid")
 
 
+def give_it_a_finding(**told):
+    """Writes a finding of the guard into a record, with something else told of it."""
+    finding = {
+        "component": "unet", "step": 0, "nan_count": 1, "inf_count": 0, "total": 4, "message": "",
+    } | told  # fmt: skip
+    return lambda text: text.replace('"finding": null', f'"finding": {json.dumps(finding)}')
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
@@ -93,6 +101,8 @@ def test_the_record_round_trips(tiny_pipe, tmp_path):
         (lambda text: text.replace('"nan_count"', '"nans"'), r"image 0: missing \['nan_count'\]"),
         (lambda text: text[: len(text) // 2], "not valid JSON"),
         (lambda text: "[]", "no object"),
+        (give_it_a_finding(step="third"), "image 0: its finding lacks some of component"),
+        (give_it_a_finding(step=-1), "or they are of another kind"),
     ],
 )
 def test_a_damaged_record_is_refused(tiny_pipe, tmp_path, change, message):

@@ -7,6 +7,7 @@ from other_pipelines import (
     controlled,
     embed_an_image,
     give_edges,
+    give_edges_with_nan,
     kandinsky,
     unconditional,
 )
@@ -65,9 +66,7 @@ def test_what_a_controlnet_makes_and_repairs_is_told(tokenizer_folder, after):
 
 def test_an_edge_image_with_nan_is_bad_input(tokenizer_folder):
     pipe = controlled(tokenizer_folder)
-    image = give_edges(pipe)["image"]
-    image[0, 0, 3, 3] = NAN
-    found = diagnose(pipe, "a shoe", image=image, **FAST)
+    found = diagnose(pipe, "a shoe", **give_edges_with_nan(pipe), **FAST)
     assert (found.stage, found.step, found.module) == ("unet", 0, "controlnet")
     assert (found.cause, found.evidence["argument"]) == ("bad-input", "controlnet_cond")
     assert found.evidence["nan_count"] == 2  # one for each half of the guidance
