@@ -77,7 +77,8 @@ def guard(pipe, *, on_nonfinite="raise"):
         A GuardReport that fills while the block runs.
 
     Raises:
-        NonFiniteError: At the first bad value, before the scheduler has used it.
+        NonFiniteError: At the first bad value, before the scheduler has used it; at the end of the
+            block for latents that no component was given any more (`output_type="latent"`).
         ValidationError: The pipeline has nothing to watch, or `on_nonfinite` is unknown.
     """
     if on_nonfinite not in ("raise", "record"):
@@ -87,7 +88,10 @@ def guard(pipe, *, on_nonfinite="raise"):
     with unguarded(pipe), _dtype_kept_on_error(components.get("vae")), ExitStack() as undo:
         for name, component in components.items():
             _watch_component(name, component, watch, undo)
+        if getattr(pipe, "scheduler", None) is not None:
+            after_method(pipe.scheduler, "step", watch.after_scheduler, undo)
         yield report
+        watch.judge_unread()
 
 
 @contextmanager
@@ -206,9 +210,22 @@ class _Watch:
         self.report, self.raises, self.rests = report, raises, rests
         self.steps = StepCounter(pipe)
         self.findings_before = 0  # of earlier runs
+        self.unread = None  # (latents, step, timestep) of a scheduler's step, until they are given
+
+    def after_scheduler(self, args, kwargs, output):
+        self.unread = (next(find_tensors(output), None), self.steps.step, self.steps.timestep)
+
+    def judge_unread(self):
+        """Looks at the last latents of a run, where nothing that is watched was given them."""
+        (latents, step, timestep), self.unread = self.unread or (None, None, None), None
+        if latents is None or is_finite(latents) or len(self.report) > self.findings_before:
+            return
+        made = describe_bad(latents, "scheduler", step, timestep, "scheduler.step", "output")
+        self._report(made, None)
 
     def after_text_encoder(self, name, args, kwargs, output):
         if self.steps.step is not None:  # it has denoised since: the next pipeline call begins
+            self.judge_unread()
             self.steps.begin_run()
             self.findings_before = len(self.report)
         self._judge("text_encoder", ComponentCall(name, args, kwargs), {}, output)
@@ -219,6 +236,7 @@ class _Watch:
 
     def after_decode(self, name, args, kwargs, output):
         call, inputs = ComponentCall(f"{name}.decode", args, kwargs), (args, kwargs)
+        self.unread = None
         self._judge("vae", call, {"latents": (self._latents_origin(), inputs)}, output)
 
     def after_denoiser(self, name, args, kwargs, output):
@@ -227,7 +245,9 @@ class _Watch:
         if self.steps.advance(arguments.get("timestep")):
             latents_origin = ("latents", None, None)
             if has_denoised:
+                self.judge_unread()
                 self.findings_before = len(self.report)
+        self.unread = None
         now = (self.steps.step, self.steps.timestep)
         incoming = {}
         for argument, value in arguments.items():

@@ -523,3 +523,44 @@ def test_an_error_leaves_no_lifted_vae(tokenizer_folder):
     with float16_arithmetic(), pytest.raises(NonFiniteError), guard(pipe):
         run(pipe)
     assert {parameter.dtype for parameter in pipe.vae.parameters()} == {torch.float16}
+
+
+@pytest.mark.parametrize("again", [False, True], ids=["at the end", "before the next call"])
+def test_latents_that_no_component_is_given_are_judged_too(tiny_pipe, again):
+    """The last step's, where a caller takes the latents themselves: for a refiner, say."""
+    step, calls = tiny_pipe.scheduler.step, iter(range(100))
+    last = run_and_count(tiny_pipe) - 1
+
+    def spoil(*args, **kwargs):
+        output = step(*args, **kwargs)
+        if next(calls) == last:
+            output[0][0, 1, 2, 3] = NAN
+        return output
+
+    tiny_pipe.scheduler.step = spoil
+    done = []
+
+    def call():
+        with guard(tiny_pipe):
+            for _ in range(1 + again):
+                run(tiny_pipe, output_type="latent")
+                done.append(1)
+
+    with pytest.raises(NonFiniteError, match=r"scheduler\.step .*1 of 256 values are NaN after"):
+        call()
+    assert len(done) == 1
+    assert tiny_pipe.scheduler.step is spoil
+
+
+def run_and_count(pipe):
+    """How many steps a run has."""
+    counted = []
+    run(pipe, output_type="latent", callback_on_step_end=lambda *given: counted.append(1) or {})
+    return len(counted)
+
+
+def test_latents_of_a_healthy_run_are_no_finding(tiny_pipe):
+    with guard(tiny_pipe) as report:
+        run(tiny_pipe, output_type="latent")
+        run(tiny_pipe)
+    assert not list(report)
