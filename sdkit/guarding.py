@@ -116,7 +116,9 @@ def install_guard(pipe):
 
     It belongs to the components: other pipelines made of the same ones (`from_pipe`) have it too.
     It rests inside `guard(pipe)`, so inside `generate` too, and inside `unguarded(pipe)`. Take it
-    off before `torch.compile`, which would trace it. A second call changes nothing.
+    off before `torch.compile`, which would trace it. A second call changes nothing. What the last
+    step makes of latents that are handed out raw (`output_type="latent"`) it does not see; `guard`
+    does.
 
     Args:
         pipe: As for `guard`.

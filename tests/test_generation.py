@@ -101,6 +101,8 @@ def give_it_a_finding(**told):
         (lambda text: text.replace('"nan_count"', '"nans"'), r"image 0: missing \['nan_count'\]"),
         (lambda text: text[: len(text) // 2], "not valid JSON"),
         (lambda text: "[]", "no object"),
+        (lambda text: text.replace('"valid": true', '"valid": "false"'), "valid is 'false', expec"),
+        (lambda text: text.replace('"seed": 0', '"seed": true'), "seed is True, expected int"),
         (give_it_a_finding(step="third"), "image 0: its finding lacks some of component"),
         (give_it_a_finding(step=-1), "or they are of another kind"),
     ],

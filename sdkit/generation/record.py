@@ -5,6 +5,7 @@ import math
 from collections import Counter
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
+from typing import get_args, get_origin
 
 from PIL import Image
 
@@ -304,11 +305,17 @@ def _check_fields(content, cls, where, *without):
             f"{where}: missing {missing}, unknown {unknown}. Expected what to_json wrote."
         )
     for wanted in fields(cls):
-        if wanted.type in (dict, int) and wanted.name in expected:
-            value = content[wanted.name]
-            if type(value) is not wanted.type:
-                raise ValidationError(
-                    f"{where}: {wanted.name} is {value!r:.80}, expected {wanted.type.__name__}, as "
-                    "to_json wrote it."
-                )
+        if wanted.name in expected and not _is_of(content[wanted.name], wanted.type):
+            kind = getattr(wanted.type, "__name__", wanted.type)
+            raise ValidationError(
+                f"{where}: {wanted.name} is {content[wanted.name]!r:.80}, expected {kind}, as "
+                "to_json wrote it."
+            )
     return content
+
+
+def _is_of(value, kind) -> bool:
+    """Whether a value from JSON is of a field's kind; what is a tuple there is looked at later."""
+    kinds = get_args(kind) or (kind,)
+    is_whole_float = float in kinds and type(value) is int
+    return get_origin(kind) is tuple or type(value) in kinds or is_whole_float
