@@ -1,5 +1,6 @@
 """Plant a fault, then demand the op, its cause, and a proof; plant none, and demand silence."""
 
+import itertools
 import json
 
 import accelerate
@@ -12,7 +13,7 @@ from planting import find_module
 from tiny_pipelines import build_tiny_pipe, build_tiny_xl_pipe
 
 from sdkit import diagnose
-from sdkit.diagnosis import CAUSES
+from sdkit.diagnosis import CAUSES, Diagnosis
 from sdkit.diagnosis.model import diagnose_model
 from sdkit.emulate import Fault, float16_arithmetic, mps
 from sdkit.validation import ValidationError
@@ -164,6 +165,16 @@ def test_json_holds_everything_but_tensors(tiny_pipe):
     assert diagnosis.cause in str(diagnosis) and diagnosis.message.startswith(
         "range-overflow: unet"
     )
+
+
+@pytest.mark.parametrize(
+    ("name", "value"), [("proven", "false"), ("remedy", 3), ("emulated", True), ("step", -1)]
+)
+def test_a_damaged_diagnosis_is_one_clear_error(name, value):
+    told = json.loads(Diagnosis("none", None, None, None, "healthy").to_json())
+    assert Diagnosis.from_json(json.dumps(told)).is_healthy
+    with pytest.raises(ValidationError, match=rf"diagnosis: .*{name} is"):
+        Diagnosis.from_json(json.dumps(told | {name: value}))
 
 
 def test_a_compiled_unet_is_diagnosed_in_eager_and_says_so(tiny_pipe):
@@ -416,7 +427,7 @@ def test_a_nan_made_and_repaired_within_one_module_is_told(tiny_pipe, repair):
 
 
 def test_a_hidden_nan_that_does_not_come_back_is_at_least_told(tiny_pipe):
-    calls = iter(range(100))
+    calls = itertools.count()
 
     def strike_once(func, args, kwargs, compute):
         result = compute(func, args, kwargs)

@@ -12,6 +12,8 @@ from sdkit.validation import ValidationError
 COLUMNS = 100
 KINDS = {  # of what is read of a diagnosis from JSON
     "stage": str, "step": int | None, "module": str | None, "op": str | None, "evidence": dict,
+    "remedy": str, "proven": bool | None, "proof": str, "reproduction": str | None,
+    "environment": dict, "emulated": str | None,
 }  # fmt: skip
 HEALTHY = ("healthy", "dark-but-valid")
 
