@@ -135,7 +135,8 @@ li { display: grid; grid-template-columns: 2fr 2fr 3fr; gap: .2rem 1.2rem; paddi
 figure { margin: 1.5rem 0; } figure div { overflow-x: auto; }
 img { max-width: 100%; height: auto; background: white; border-radius: .4rem; display: block; }
 .good { color: var(--good); } .bad { color: var(--bad); }
-@media (max-width: 40rem) { li { grid-template-columns: 1fr; } figure img { min-width: 34rem; } }
+@media (max-width: 40rem) { li { grid-template-columns: 1fr; } figure img { min-width: 34rem; }
+  figcaption::after { content: " Swipe the figure to see all of it."; } }
 </style>
 <h1>Black images: the cause, the cure, the proof</h1>
 <p>Three prompts, three black images, one ignored warning, and a script that reported success.
