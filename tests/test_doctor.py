@@ -10,6 +10,7 @@ import pytest
 from typer.testing import CliRunner
 
 from sdkit.cli import app
+from sdkit.diagnosis import probe_cache
 from sdkit.diagnosis.doctor import advise, check_up
 from sdkit.diagnosis.doctor_text import format_checkup
 from sdkit.diagnosis.known_faults import KNOWN_FAULTS, find_known_faults
@@ -140,6 +141,18 @@ def test_entries_that_are_not_results_are_ignored(entry):
     find_cache_file().parent.mkdir(parents=True)
     find_cache_file().write_text(json.dumps({"key": entry}))
     assert find_cached("key") is None
+
+
+@pytest.mark.parametrize("name", ["probes/stale_memory.py", "../attention.py"])
+def test_another_code_of_the_probes_is_another_key(name, tmp_path, monkeypatch):
+    """The leaks of `baddbmm` are counted in sdkit/attention.py."""
+    code = (Path(probe_cache.__file__).parent / name).resolve()
+    changed = tmp_path / code.name
+    changed.write_bytes(code.read_bytes() + b"# changed")
+    key = probe_cache.make_key({}, thorough=False)
+    paths = [changed if path.resolve() == code else path for path in probe_cache.PROBE_CODE]
+    monkeypatch.setattr(probe_cache, "PROBE_CODE", paths)
+    assert probe_cache.make_key({}, thorough=False) != key
 
 
 def test_the_cache_stays_small():

@@ -8,6 +8,7 @@ from dataclasses import asdict
 from datetime import date
 from pathlib import Path
 
+from sdkit import attention
 from sdkit.diagnosis.probes import PROBES, ProbeResult
 from sdkit.run_folder import replace_file
 
@@ -16,6 +17,9 @@ ENTRIES_KEPT = 16
 DECISIVE = ("sdkit", "torch", "platform", "macos", "machine", "chip", "device", "device_name",
             "rosetta", "PYTORCH_ENABLE_MPS_FALLBACK", "PYTORCH_MPS_FAST_MATH",
             "PYTORCH_MPS_PREFER_METAL")  # fmt: skip
+
+# What the probes run: their own files, and the products that attention relies on.
+PROBE_CODE = (*sorted((Path(__file__).parent / "probes").glob("*.py")), Path(attention.__file__))
 
 
 def find_cache_file():
@@ -40,7 +44,7 @@ def make_key(environment, *, thorough):
         A string.
     """
     source = hashlib.sha256()
-    for path in sorted((Path(__file__).parent / "probes").glob("*.py")):
+    for path in PROBE_CODE:
         source.update(path.read_bytes())
     decisive = [f"{name}={environment.get(name)}" for name in DECISIVE]
     kernel = platform.release()  # drivers come with it
