@@ -36,8 +36,7 @@ def drop_step(run: TrainingRun, batch: Batch, progress: Progress, gate, learning
     run.optimizer.zero_grad(set_to_none=True)
     if gate in FATAL_GATES:
         return progress.after_bad_step(_explain_state(run, progress, gate, learning_rate), seconds)
-    own = [_examine(run, batch, gate)]
-    found = own if run.accelerator.num_processes == 1 else gather_object(own)
+    found = gather_object([_examine(run, batch, gate)])  # of all processes
     named = [one for one in found if one["positions"]] or found
     images = tuple(dict.fromkeys(name for one in named for name in one["images"]))
     message = "; ".join(dict.fromkeys(one["message"] for one in named if one["message"]))

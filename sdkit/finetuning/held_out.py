@@ -33,7 +33,7 @@ def find_bad_held_out(run: TrainingRun) -> tuple:
         for index, is_good in zip(indices, losses.isfinite().tolist(), strict=True)
         if not is_good
     ]
-    return tuple(bad if run.accelerator.num_processes == 1 else sorted(gather_object(bad)))
+    return tuple(sorted(gather_object(bad)))
 
 
 def _measure_held_out(run):
