@@ -11,8 +11,9 @@ from tiny_pipelines import build_tiny_pipe
 from tiny_training import make_config, make_data, make_encoded, spoil
 
 from sdkit.finetuning.adapter import find_parameters
-from sdkit.finetuning.batches import draw_batch
+from sdkit.finetuning.batches import choose_indices, draw_batch
 from sdkit.finetuning.checkpoints import list_checkpoints
+from sdkit.finetuning.dropping import drop_step
 from sdkit.finetuning.gradient_step import compute_gradients, take_step
 from sdkit.finetuning.held_out import measure_validation_loss
 from sdkit.finetuning.report import REPORT_FILE
@@ -186,6 +187,16 @@ def test_an_image_that_overflows_in_the_model_is_named(tiny_pipe, data, tmp_path
     assert all(torch.isfinite(value).all() for step in weights for value in step)
 
 
+def test_an_image_that_is_alone_in_its_batch_is_named_too(tiny_pipe, data, tmp_path):
+    config, spoiled = make_config(tmp_path / "run"), (spoil(data[0], 5, 1e25), None)
+    run, progress = begin_run(config, pipe=tiny_pipe, data=spoiled, progress=False)
+    alone = (s for step in range(24) for s in draw_batch(run.train, config, 1000, step).split(1))
+    batch = next(sample for sample in alone if sample.names == ("image_005.png",))
+    dropped = drop_step(run, batch, progress, "loss", 1e-3, 1.0).dropped[-1]
+    assert dropped.images == ("image_005.png",)
+    assert dropped.message.startswith("image_005.png; first bad op")
+
+
 def test_gradients_that_are_not_finite_never_reach_the_weights(tiny_pipe, data, tmp_path):
     """The forward is finite: only the backward of one layer makes a NaN, and for one step."""
     layer = tiny_pipe.unet.mid_block.attentions[0].transformer_blocks[0].attn1.to_q
@@ -229,13 +240,32 @@ def test_a_held_out_image_that_overflows_in_the_model_is_named(tiny_pipe, data, 
 
 def test_bad_weights_are_the_model_s_fault(tiny_pipe, data, tmp_path):
     tiny_pipe.unet.mid_block.resnets[0].conv1.weight.data[0, 0, 0, 0] = NAN
-    report = train(tiny_pipe, (data[0], None), tmp_path / "run", max_bad_steps=2, max_rollbacks=1)
+    report = train(
+        tiny_pipe, (data[0], None), tmp_path / "run", max_bad_steps=2, max_rollbacks=1,
+        gradient_accumulation_steps=1,
+    )  # fmt: skip
     assert report.stopped.startswith("given up: 2 steps in a row")
     assert (report.rollbacks, report.steps_done, report.is_good) == (1, 0, False)
     assert len(report.dropped_steps) == 4
     dropped = report.dropped_steps[0]
     assert (dropped.images, dropped.cause) == ((), "bad-weights")
     assert "unet.mid_block.resnets.0.conv1" in dropped.message
+
+
+def test_a_step_that_spoils_the_moments_goes_back_whatever_was_dropped_before(
+    tiny_pipe, data, tmp_path
+):
+    """Gradients that are finite, and whose squares are too large."""
+    layer = tiny_pipe.unet.mid_block.attentions[0].transformer_blocks[0].attn1.to_q
+    layer.register_full_backward_hook(lambda m, grad_input, g: (grad_input[0] * 1e18,))
+    (first, *_) = choose_indices(len(data[0].names), make_config(tmp_path), 0)
+    spoiled = (spoil(data[0], first), data[1])
+    report = train(tiny_pipe, spoiled, tmp_path / "run", max_grad_norm=None, max_rollbacks=0)
+    before, dropped = report.dropped_steps
+    assert (before.step, before.gate) == (0, "batch")
+    assert (dropped.gate, dropped.cause, dropped.images) == ("weights", "diverged", ())
+    assert "at learning rate 0.001 left" in dropped.message
+    assert "(diverged: " in report.stopped and report.rollbacks == 0 and not report.is_good
 
 
 def test_a_run_that_diverges_goes_back_at_a_lower_rate(tiny_pipe, data, tmp_path):
