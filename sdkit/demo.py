@@ -15,14 +15,14 @@ from pathlib import Path
 import nbformat
 from papermill.exceptions import PapermillExecutionError
 
-from sdkit.batch.execution import describe_death, is_kernel_death, run_papermill
+from sdkit.batch.engine import describe_death, is_kernel_death, run_papermill
 from sdkit.batch.kernels import close_zygote, make_manager_class, warm_zygote
 from sdkit.batch.plan import find_packages
 from sdkit.batch.scheduling import MOST_JOBS, count_cores
 from sdkit.demo_page import save_page, save_reading_with_figures
 from sdkit.device import choose_device
 from sdkit.run_folder import VERDICTS_NAME
-from sdkit.validation import ValidationError
+from sdkit.validation import ValidationError, check_is_writable
 
 HERE = Path(__file__).parent
 NOTEBOOKS_FOLDERS = (HERE / "notebooks", HERE.parent / "notebooks")  # of a wheel, of a clone
@@ -81,9 +81,11 @@ def run_demo(
 
     Returns:
         One NotebookRun each, in order; a failed notebook does not stop the others.
+
+    Raises:
+        ValidationError: The folder cannot be written to, or there are no notebooks.
     """
-    output_folder = Path(output_folder).resolve()
-    output_folder.mkdir(parents=True, exist_ok=True)
+    output_folder = check_is_writable(Path(output_folder).resolve())
     notebooks = notebooks or find_notebooks()
     parameters = parameters or {}
     has_device = choose_device(parameters.get("backend", "auto"))[0].type != "cpu"

@@ -10,6 +10,7 @@ from typer.testing import CliRunner
 import sdkit.demo
 from sdkit.cli import app
 from sdkit.demo import run_demo
+from sdkit.validation import ValidationError
 
 VERDICTS = """
 import json, pathlib
@@ -64,3 +65,10 @@ def test_json_alone_is_on_stdout(tmp_path, monkeypatch, good, code):
     assert result.exit_code == code, result.output
     (told,) = json.loads(result.stdout)
     assert told["name"] == "01_tell" and told["verdicts"][0]["as_expected"] is good
+
+
+def test_a_folder_that_cannot_be_written_to_is_refused_before_anything_runs(tmp_path):
+    """Where the system's own folder is, root cannot write either."""
+    notebook = write_telling(tmp_path / "01_tell.ipynb")
+    with pytest.raises(ValidationError, match="cannot be written to"):
+        run_demo("/proc/self", notebooks=[notebook])

@@ -54,6 +54,16 @@ def test_timesteps_are_weighed_in_one_way_at_a_time():
         LoRAConfig(velocity_weight=5, snr_gamma=5)
 
 
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [("a.yaml", "rank: 4\nalpha: 8\nrank: 8\n"), ("a.json", '{"rank": 4, "alpha": 8, "rank": 8}')],
+)
+def test_a_setting_that_is_there_twice_is_refused(tmp_path, name, content):
+    (tmp_path / name).write_text(content)
+    with pytest.raises(ValidationError, match="rank is there twice"):
+        LoRAConfig.load(tmp_path / name)
+
+
 @pytest.mark.parametrize("ending", [".json", ".yaml"])
 def test_round_trip(tmp_path, ending):
     config = LoRAConfig(

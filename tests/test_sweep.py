@@ -9,6 +9,7 @@ import re
 import resource
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -23,7 +24,7 @@ from typer.testing import CliRunner
 
 from sdkit import load_results, run_sweep
 from sdkit.batch import scheduling
-from sdkit.batch.kernels import Zygote, close_zygote, warm_zygote
+from sdkit.batch.kernels import ForkedKernel, Zygote, close_zygote, warm_zygote
 from sdkit.batch.lock import is_held, lock_folder
 from sdkit.batch.page import save_page
 from sdkit.batch.results import save_results
@@ -293,6 +294,14 @@ def test_kernels_end_with_whoever_wanted_them(tmp_path):
         assert kernels[2].poll() is None
     assert kernels[2].wait() == -signal.SIGKILL
     assert not psutil.pid_exists(kernels[2].pid) and not os.path.exists(zygote.folder)
+
+
+def test_how_a_kernel_ended_that_ended_at_once_is_known():
+    ours, theirs = socket.socketpair()
+    theirs.sendall(b'{"pid": 7}\n{"exit_code": 3, "cpu_seconds": 0.5}\n')
+    theirs.close()
+    kernel = ForkedKernel(ours)
+    assert (kernel.pid, kernel.wait(), kernel.used) == (7, 3, {"cpu_seconds": 0.5})
 
 
 def test_kernels_end_when_the_warm_parent_is_killed(tmp_path):

@@ -10,10 +10,8 @@ nobody looks.
 
 import contextlib
 import json
-import logging
 import os
 import shutil
-import signal
 import threading
 import time
 import uuid
@@ -21,14 +19,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import nbformat
-import papermill
 from papermill.exceptions import PapermillExecutionError
 
+from sdkit.batch.engine import describe_death, is_kernel_death, run_papermill
 from sdkit.batch.kernels import make_manager_class, warm_zygote
 from sdkit.batch.lock import is_held
 from sdkit.batch.parameters import OUTPUT_NAME
 from sdkit.batch.reading import save_reading
-from sdkit.run_folder import DISK_ERRORS
 
 DONE, FAILED, DIED, TIMEOUT = "done", "failed", "kernel-died", "timeout"
 STATUSES = (DONE, FAILED, DIED, TIMEOUT)
@@ -42,9 +39,6 @@ LOG_NAME = "kernel.log"
 RUNS, FAILURES, ATTEMPTS = "runs", "failed", "attempts"
 WATCH_SECONDS = 0.25
 ERROR_LETTERS = 2000  # of a message, in the table; all of it is in the executed notebook
-START_SECONDS = 120  # for a kernel to answer, on a machine that is busy
-# A kernel that dies is told in the table, not between the progress bar's lines.
-logging.getLogger("papermill").addHandler(logging.NullHandler())
 
 
 class SweepGone(RuntimeError):
@@ -210,58 +204,10 @@ class _Watch:
                 return
 
 
-def run_papermill(notebook, executed, parameters, manager_class, folder, *, progress_bar=False):
-    """Executes a notebook on a kernel of ours, and saves it after each cell.
-
-    Args:
-        notebook: Its path.
-        executed: Where to save it; may be the same.
-        parameters: {name: value}.
-        manager_class: Of `make_manager_class`.
-        folder: Where the kernel works.
-        progress_bar: False, or what tqdm takes.
-
-    Returns:
-        The executed notebook, of nbformat.
-    """
-    # papermill formats its paths as Python does.
-    paths = [str(path).replace("{", "{{").replace("}", "}}") for path in (notebook, executed)]
-    return papermill.execute_notebook(
-        *paths,
-        parameters=parameters,
-        progress_bar=progress_bar,
-        # Whatever kernel a notebook names or leaves out: it runs in this Python.
-        kernel_name="python3",
-        language="python",
-        kernel_manager_class=manager_class,
-        # Not cwd=: that would move this whole process, and other runs are in its threads.
-        resources={"metadata": {"path": str(folder)}},
-        start_timeout=START_SECONDS,
-    )
-
-
-def is_kernel_death(error, processes) -> bool:
-    """Whether an error of `run_papermill` means that the kernel has ended, and nothing else.
-
-    After a full disk papermill ends the kernel too.
-    """
-    is_dead = bool(processes) and processes[-1].poll() is not None
-    return is_dead and getattr(error, "errno", None) not in DISK_ERRORS
-
-
 def _find_usage(process):
     """What a kernel took; one that was started from nothing does not tell."""
     process.wait()
     return getattr(process, "used", {})
-
-
-def describe_death(exit_code) -> str:
-    """How a kernel ended, in a few words."""
-    if exit_code == -signal.SIGKILL:
-        return "the kernel was killed from outside, as the system does when memory runs out"
-    if exit_code < 0:
-        return f"the kernel crashed ({signal.Signals(-exit_code).name})"
-    return f"the kernel ended by itself (exit code {exit_code})"
 
 
 def _find_running_cell(path, task, values):

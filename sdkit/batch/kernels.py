@@ -210,7 +210,10 @@ class ForkedKernel:
     def __init__(self, life):
         """Takes the socket on whose other end the kernel lives."""
         self._life, self._lock = life, threading.Lock()
-        self.pid = json.loads(life.makefile().readline())["pid"]
+        line = b""  # letter by letter: how it ended may be behind it already
+        while not line.endswith(b"\n") and (letter := life.recv(1)):
+            line += letter
+        self.pid = json.loads(line)["pid"]
         self.returncode, self.used = None, {}
 
     def poll(self):

@@ -246,17 +246,24 @@ def read_settings(path) -> dict:
     """Returns the names and values in a .json or .yaml file, or in a preset, unchecked.
 
     Raises:
-        ValidationError: The file is not there, cannot be read, or is no mapping.
+        ValidationError: The file is not there, cannot be read, says something twice, or is no
+            mapping.
     """
     import yaml
 
     from sdkit.validation import ValidationError
 
     path = find_settings(path)
-    # JSON is YAML but for one thing: its letters beyond 16 bits are written as two halves.
-    parse = json.loads if path.suffix.lower() == ".json" else yaml.safe_load
     try:
-        values = parse(path.read_text(encoding="utf-8-sig"))
+        content = path.read_text(encoding="utf-8-sig")
+        # JSON is YAML but for one thing: its letters beyond 16 bits are written as two halves.
+        if path.suffix.lower() == ".json":
+            values = json.loads(content, object_pairs_hook=_read_pairs)
+        else:
+            values = yaml.safe_load(content)
+            root = yaml.compose(content, yaml.SafeLoader)
+            if isinstance(root, yaml.MappingNode):
+                _read_pairs([(key.value, value) for key, value in root.value])
     except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:
         reason = getattr(error, "strerror", None) or " ".join(str(error).split())
         raise ValidationError(
@@ -267,6 +274,15 @@ def read_settings(path) -> dict:
         raise ValidationError(
             f"{path}: holds {type(values).__name__}, expected names and values, such as `rank: 8`."
         )
+    return values
+
+
+def _read_pairs(pairs):
+    """A dict of pairs; of a name that is there twice both formats would take the last."""
+    values = dict(pairs)
+    if len(values) < len(pairs):
+        names = [name for name, _ in pairs]
+        raise ValueError(f"{next(n for n in names if names.count(n) > 1)} is there twice")
     return values
 
 
