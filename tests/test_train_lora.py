@@ -122,6 +122,7 @@ def test_a_bad_image_is_named_and_left_out(tiny_pipe, data, tmp_path):
     assert dropped.images == ("image_005.png",) == report.excluded_images
     assert (dropped.gate, dropped.cause) == ("batch", "bad-input")
     assert "1 NaN and 0 Inf of 256 values in its latents" in dropped.message
+    assert dropped.message.endswith("; it is left out from now on")
     assert report.steps_done == 5 and report.is_good
     assert all(torch.isfinite(w).all() for w in read_weights(report.adapter_path).values())
 
@@ -236,6 +237,15 @@ def test_a_held_out_image_that_overflows_in_the_model_is_named(tiny_pipe, data, 
     assert (dropped.gate, dropped.cause, dropped.images) == (
         "validation", "bad-input", ("image_002.png",)
     )  # fmt: skip
+
+
+def test_where_all_held_out_images_are_bad_it_is_none_of_theirs(tiny_pipe, data, tmp_path):
+    held_out = dataclasses.replace(data[1], latent_mean=data[1].latent_mean * 1e25)
+    config = make_config(tmp_path / "run")
+    run, progress = begin_run(config, pipe=tiny_pipe, data=(data[0], held_out), progress=False)
+    batch = draw_batch(run.train, config, 1000, 0)
+    dropped = drop_step(run, batch, progress, "validation", 1e-3, 1.0).dropped[-1]
+    assert (dropped.cause, dropped.images) == ("diverged", ())
 
 
 def test_bad_weights_are_the_model_s_fault(tiny_pipe, data, tmp_path):
