@@ -587,6 +587,8 @@ def test_an_interrupt_leaves_a_table_and_no_kernel(tmp_path):
     process = subprocess.Popen(
         [*command, "--output", str(tmp_path / "out"), "--jobs", "2"],
         stderr=subprocess.PIPE, text=True,
+        # What a shell starts with & ignores interrupts, and so does all that it starts.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )  # fmt: skip
     wait_until(lambda: len(list((tmp_path / "out").glob("runs/*"))) >= 1)
     family = psutil.Process(process.pid).children(recursive=True)
