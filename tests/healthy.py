@@ -221,7 +221,7 @@ SETTINGS = {
     "guidance_scale 15 rescaled": call_with(guidance_scale=15.0, guidance_rescale=0.7),
     "two images a prompt": call_with(num_images_per_prompt=2),
     "one step": call_with(num_inference_steps=1),
-    "a negative prompt": call_with(negative_prompt="blurred"),
+    "a negative prompt": call_with(negative_prompt=["blurred"]),
     "a lenient safety checker": add_safety_checker(2.0),
 }
 

@@ -19,6 +19,7 @@ from sdkit.guarding import unguarded
 from sdkit.precision.drawing import check_reference, draw_images, measure_psnr
 from sdkit.precision.ladder import DECENT_DB
 from sdkit.precision.plan import measure_healthy_db
+from sdkit.precision.rounding import GRIDS, MORE_GRIDS
 
 pytestmark = pytest.mark.filterwarnings("ignore::sdkit.emulate.EmulationWarning")
 TOLERANCE_DB = 1.0  # as plan_precision's
@@ -59,7 +60,9 @@ def measure_healthy(case, tokenizer_folder):
 
         with unguarded(pipe):
             reference = check_reference(draw())
-            healthy_db = measure_healthy_db(pipe, draw, reference, torch.float16)
+            # Four roundings, as a plan asks where it is a near thing: one image is half chance.
+            grids = (*GRIDS, *MORE_GRIDS)
+            healthy_db = measure_healthy_db(pipe, draw, reference, torch.float16, grids)
     if case.cause == "backend-fault":  # else float16 itself is what is broken
         with without_faults(case, torch.float16).build(tokenizer_folder) as (pipe, pipe_kwargs):
             honest = draw_images(pipe, ["a shoe"], 0, pipe_kwargs)
